@@ -1,0 +1,34 @@
+# Everything a fresh machine needs: `make demo` and `make test`. Each makes .venv on first use.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= out
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	mkdir -p $(OUT)
+	$(BIN)/moequant export examples/tiny-additive-moe --quant Q4_K_M --force \
+		--output $(OUT)/tiny-additive-moe-Q4_K_M.gguf \
+		--perplexity examples/tiny-additive-moe/held-out.txt
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest $(PYTEST_OPTIONS)
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/encoders.py
+
+clean:
+	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,90 @@
+"""Packs a model into a GGUF file: each tensor read, quantized as planned, and streamed out.
+
+Owns: the walk over the tensors and the rows of each. Leaves out: the plan, the encoders, and the
+file format. Memory holds one matrix as the checkpoint stores it and one chunk of it in float32.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from moequant.architectures import ModelSpec, TensorSpec
+from moequant.calibrate import Imatrix
+from moequant.checkpoint import Checkpoint, check_finite
+from moequant.gguf_export.metadata import MetadataEntry
+from moequant.gguf_export.writer import TensorToWrite, write_gguf
+from moequant.plan import Plan
+from moequant.quants import QUANT_TYPES, quantize
+
+CHUNK_VALUES = 1 << 24  # float32 values that are packed at a time: 64 MiB
+UNWEIGHTED = frozenset({"F32", "F16", "BF16", "Q8_0"})  # types that importance cannot help
+
+Progress = Callable[[str, int, int], None]
+
+
+def write_model(
+    path: Path,
+    checkpoint: Checkpoint,
+    model: ModelSpec,
+    plan: Plan,
+    imatrix: Imatrix | None,
+    metadata: list[MetadataEntry],
+    device: str = "cpu",
+    progress: Progress = lambda *_: None,
+) -> None:
+    """Write the GGUF file that `plan` describes, whole or not at all.
+
+    Raises:
+        CheckpointError: a weight holds NaN or Inf.
+        ImatrixError: the imatrix is of another shape than the model.
+        ExportError: writing failed.
+    """
+    specs = {spec.name: spec for spec in model.tensors}
+    tensors = [
+        TensorToWrite(entry.name, entry.shape, entry.qtype, entry.nbytes) for entry in plan.tensors
+    ]
+    total, done = sum(tensor.nbytes for tensor in tensors), 0
+
+    def pieces(tensor: TensorToWrite) -> Iterator[memoryview]:
+        nonlocal done
+        spec = specs[tensor.name]
+        for piece in _pack(
+            checkpoint, spec, tensor.qtype, _importance(imatrix, spec, tensor), device
+        ):
+            yield piece
+            done += len(piece)
+            progress("quantize", done, total)
+
+    write_gguf(path, model.architecture, metadata, tensors, pieces)
+
+
+def _importance(
+    imatrix: Imatrix | None, spec: TensorSpec, tensor: TensorToWrite
+) -> torch.Tensor | None:
+    """Importance per matrix and column, shape (n_matrices, cols), or None."""
+    if imatrix is None or len(spec.shape) < 2 or tensor.qtype in UNWEIGHTED:
+        return None
+    importance = imatrix.importance(spec.name, spec.n_matrices, spec.shape[-1])
+    return None if importance is None else torch.from_numpy(importance)
+
+
+def _pack(
+    checkpoint: Checkpoint,
+    spec: TensorSpec,
+    qtype: str,
+    importance: torch.Tensor | None,
+    device: str,
+) -> Iterator[memoryview]:
+    """The tensor's bytes, a chunk of rows at a time; one importance row for each matrix."""
+    cols = spec.shape[-1]
+    if cols % QUANT_TYPES[qtype].block_size:
+        raise AssertionError(f"the plan gave {qtype} to rows of {cols}")
+    step = max(1, CHUNK_VALUES // cols)
+    for index in range(spec.n_matrices):
+        values = spec.load(checkpoint, index if len(spec.shape) == 3 else None)
+        check_finite(", ".join(spec.sources) or spec.name, values)
+        for rows in values.reshape(-1, cols).split(step):
+            row = None if importance is None else importance[index].to(device)
+            packed = quantize(rows.to(device, torch.float32), qtype, row)
+            yield memoryview(packed.cpu().numpy().reshape(-1))

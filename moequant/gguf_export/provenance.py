@@ -1,0 +1,76 @@
+"""The `moequant.*` keys: what made a file, from what, and what its experts did in calibration.
+
+Owns: those keys (documented in docs/formats.md). Leaves out: every key that llama.cpp reads.
+"""
+
+from typing import Any
+
+import numpy as np
+from gguf import GGUFValueType
+
+import moequant
+from moequant.architectures import ModelSpec
+from moequant.calibrate import Imatrix
+from moequant.checkpoint import Checkpoint
+from moequant.gguf_export.metadata import MetadataEntry
+from moequant.parameters import Parameters
+from moequant.plan import Plan
+
+UINT64, UINT32 = GGUFValueType.UINT64, GGUFValueType.UINT32
+
+
+def provenance(
+    checkpoint: Checkpoint,
+    model: ModelSpec,
+    plan: Plan,
+    imatrix: Imatrix | None,
+    parameters: Parameters,
+) -> list[MetadataEntry]:
+    """Every `moequant.*` entry of a file; those about calibration only where there was one."""
+    entries = [
+        _text("moequant.version", moequant.__version__),
+        _text("moequant.source.name", checkpoint.name),
+        _text("moequant.source.digest", checkpoint.digest()),
+        _text("moequant.plan.preset", plan.preset),
+        _text("moequant.plan.digest", plan.digest()),
+        MetadataEntry("moequant.parameters.total", parameters.total, UINT64),
+        MetadataEntry("moequant.parameters.active", parameters.active, UINT64),
+        MetadataEntry("moequant.parameters.dense", parameters.dense, UINT64),
+        MetadataEntry("moequant.parameters.expert", parameters.expert, UINT64),
+    ]
+    if plan.fallbacks:
+        lines = [f"{t.name} {t.wanted} -> {t.qtype}: {t.reason}" for t in plan.fallbacks]
+        entries.append(_array("moequant.plan.fallbacks", lines, GGUFValueType.STRING))
+    if imatrix is not None:
+        entries += _calibration(model, imatrix)
+    return entries
+
+
+def _calibration(model: ModelSpec, imatrix: Imatrix) -> list[MetadataEntry]:
+    """What the imatrix says of itself, and each expert's share of its layer's routed tokens."""
+    entries = [
+        MetadataEntry(f"moequant.calibration.{key}", value, kind)
+        for key, value, kind in imatrix.provenance()
+    ]
+    layers, shares = [], []
+    for bid in model.moe_layers:
+        share = imatrix.routed_share(bid)
+        if share is not None:
+            layers.append(bid)
+            shares.append(share)
+    if layers:
+        entries.append(_array("moequant.experts.layers", layers, UINT32))
+        flat = np.concatenate(shares).astype(float).tolist()
+        entries.append(_array("moequant.experts.routed_share", flat, GGUFValueType.FLOAT32))
+    thin = [str(expert) for expert in imatrix.thin_experts()]
+    if thin:
+        entries.append(_array("moequant.experts.thin", thin, GGUFValueType.STRING))
+    return entries
+
+
+def _text(key: str, value: str) -> MetadataEntry:
+    return MetadataEntry(key, value, GGUFValueType.STRING)
+
+
+def _array(key: str, values: list[Any], kind: GGUFValueType) -> MetadataEntry:
+    return MetadataEntry(key, values, GGUFValueType.ARRAY, kind)

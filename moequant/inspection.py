@@ -1,0 +1,222 @@
+"""What a checkpoint, a GGUF file or an imatrix holds, as plain data that prints or becomes JSON.
+
+Owns: the summary and its tables. Leaves out: reading (checkpoint, gguf_file, calibrate) and
+printing. No weight is read; a summary costs headers only.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moequant.architectures import describe
+from moequant.calibrate import Imatrix
+from moequant.checkpoint import open_checkpoint
+from moequant.errors import UsageError
+from moequant.gguf_file import GGUFFile, is_gguf, read_gguf
+from moequant.parameters import Parameters, count_parameters, is_expert
+
+# Keys whose arrays are long and say nothing to a reader.
+HIDDEN_ARRAYS = 16
+
+
+@dataclass(frozen=True)
+class RoleSize:
+    """All tensors of one role and type: how many, how many values, how many bytes."""
+
+    role: str
+    qtype: str
+    tensors: int
+    parameters: int
+    nbytes: int
+
+    @property
+    def bpw(self) -> float:
+        return 8 * self.nbytes / self.parameters if self.parameters else 0.0
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """One file or folder. Lists that do not apply to its kind are empty."""
+
+    path: str
+    kind: str  # "checkpoint", "gguf" or "imatrix"
+    architecture: str
+    parameters: Parameters | None
+    dense_bytes: int
+    expert_bytes: int
+    roles: list[RoleSize]
+    routed_share: dict[int, list[float]]  # per layer with experts: share per expert
+    thin_experts: list[str]
+    left_out: list[str]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return self.dense_bytes + self.expert_bytes
+
+    @property
+    def bpw(self) -> float:
+        return 8 * self.nbytes / self.parameters.total if self.parameters else 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything above as JSON-ready data, with `total` and bits per weight filled in."""
+        data = asdict(self)
+        if self.parameters is not None:
+            data["parameters"]["total"] = self.parameters.total
+        data["bytes"], data["bpw"] = self.nbytes, self.bpw
+        for row, role in zip(data["roles"], self.roles, strict=True):
+            row["bpw"] = role.bpw
+        return data
+
+
+def inspect(source: str) -> Inspection:
+    """Summarise a checkpoint folder or Hugging Face id, a GGUF file, or an imatrix file.
+
+    Raises:
+        CheckpointError, ArchitectureError, GGUFError, ImatrixError: what `source` names is
+            damaged or of a kind that is not served.
+        UsageError: a file that is none of these.
+    """
+    path = Path(source)
+    if path.is_file():
+        if not is_gguf(path):
+            raise UsageError(
+                f"{path} is neither a GGUF file nor a checkpoint folder. For a checkpoint, name "
+                "the folder that holds config.json."
+            )
+        file = read_gguf(path)
+        if file.metadata.get("general.type") == "imatrix":
+            return _imatrix(path, file)
+        return _model_file(path, file)
+    return _checkpoint(source)
+
+
+def _checkpoint(source: str) -> Inspection:
+    checkpoint = open_checkpoint(source)
+    model = describe(checkpoint)
+    rows: list[tuple[str, str, int, int]] = []
+    for spec in model.tensors:
+        if spec.sources:
+            infos = [checkpoint.tensors[name] for name in spec.sources]
+            dtype = str(infos[0].dtype).removeprefix("torch.")
+            nbytes = sum(info.stop - info.start for info in infos)
+            rows.append((spec.name, dtype, prod(spec.shape), nbytes))
+    counts = model.expert_count, model.expert_used_count
+    return _summary(checkpoint.name, "checkpoint", model.architecture, rows, counts,
+                    left_out=list(model.left_out),
+                    metadata={"source.digest": checkpoint.digest(),
+                              "block_count": model.block_count,
+                              "expert_count": model.expert_count,
+                              "expert_used_count": model.expert_used_count,
+                              "moe_layers": list(model.moe_layers)})  # fmt: skip
+
+
+def _model_file(path: Path, file: GGUFFile) -> Inspection:
+    architecture = str(file.metadata.get("general.architecture", "unknown"))
+    rows = [(t.name, t.qtype, prod(t.shape), t.nbytes) for t in file.tensors.values()]
+    counts = (
+        int(file.metadata.get(f"{architecture}.expert_count", 0)),
+        int(file.metadata.get(f"{architecture}.expert_used_count", 0)),
+    )
+    return _summary(str(path), "gguf", architecture, rows, counts,
+                    routed_share=_stored_share(file.metadata, counts[0]),
+                    thin_experts=list(file.metadata.get("moequant.experts.thin", [])),
+                    metadata=_readable(file.metadata))  # fmt: skip
+
+
+def _imatrix(path: Path, file: GGUFFile) -> Inspection:
+    imatrix = Imatrix.read(path)
+    shares: dict[int, list[float]] = {}
+    for name in imatrix.entries:
+        if is_expert(name):
+            bid = int(name.split(".")[1])
+            share = imatrix.routed_share(bid)
+            if share is not None:
+                shares[bid] = np.asarray(share, float).tolist()
+    rows = [
+        RoleSize(role, "F32", len(group), sum(s.in_sum2.size for s in group), 0)
+        for role, group in _by_role(imatrix.entries.items())
+    ]
+    thin = [str(expert) for expert in imatrix.thin_experts()]
+    return Inspection(str(path), "imatrix", "imatrix", None, 0, 0, rows, shares, thin, [],
+                      _readable(file.metadata))  # fmt: skip
+
+
+def role_of(name: str) -> str:
+    """A GGUF tensor's name without its layer and suffix: `blk.3.attn_q.weight` → `attn_q`."""
+    parts = name.split(".")
+    if parts[0] == "blk" and len(parts) > 2:
+        parts = parts[2:]
+    return ".".join(parts).removesuffix(".weight")
+
+
+def _by_role(items: Iterable[tuple[str, Any]]) -> list[tuple[str, list[Any]]]:
+    groups: dict[str, list[Any]] = defaultdict(list)
+    for name, value in items:
+        groups[role_of(name)].append(value)
+    return list(groups.items())
+
+
+def _summary(
+    path: str,
+    kind: str,
+    architecture: str,
+    rows: list[tuple[str, str, int, int]],
+    counts: tuple[int, int],
+    *,
+    routed_share: dict[int, list[float]] | None = None,
+    thin_experts: list[str] | None = None,
+    left_out: list[str] | None = None,
+    metadata: dict[str, Any] | None = None,
+) -> Inspection:
+    """An Inspection from (name, type, values, bytes) rows and (experts, experts per token)."""
+    groups: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
+    for name, qtype, size, nbytes in rows:
+        groups[role_of(name), qtype].append((size, nbytes))
+    roles = [
+        RoleSize(role, qtype, len(group), sum(g[0] for g in group), sum(g[1] for g in group))
+        for (role, qtype), group in groups.items()
+    ]
+    expert_bytes = sum(row[3] for row in rows if is_expert(row[0]))
+    return Inspection(
+        path=path,
+        kind=kind,
+        architecture=architecture,
+        parameters=count_parameters([(row[0], row[2]) for row in rows], *counts),
+        dense_bytes=sum(row[3] for row in rows) - expert_bytes,
+        expert_bytes=expert_bytes,
+        roles=sorted(roles, key=lambda role: -role.nbytes),
+        routed_share=routed_share or {},
+        thin_experts=thin_experts or [],
+        left_out=left_out or [],
+        metadata=metadata or {},
+    )
+
+
+def _stored_share(metadata: dict[str, Any], expert_count: int) -> dict[int, list[float]]:
+    """The routed share that `moequant.experts.*` keeps; nothing if lengths do not agree."""
+    layers = metadata.get("moequant.experts.layers", [])
+    flat = metadata.get("moequant.experts.routed_share", [])
+    if not expert_count or len(flat) != expert_count * len(layers):
+        return {}
+    return {
+        int(bid): flat[i * expert_count : (i + 1) * expert_count] for i, bid in enumerate(layers)
+    }
+
+
+def _readable(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Metadata with long arrays and templates replaced by their length."""
+    shown: dict[str, Any] = {}
+    for key, value in metadata.items():
+        if isinstance(value, list) and len(value) > HIDDEN_ARRAYS:
+            shown[key] = f"[{len(value)} values]"
+        elif key == "tokenizer.chat_template":
+            shown[key] = f"({len(value)} characters)"
+        else:
+            shown[key] = value
+    return shown

@@ -1,0 +1,183 @@
+"""Quantize and dequantize rows: GGUF's block formats, encoded in torch on CPU or CUDA.
+
+Owns: the public functions, the checks of what comes in, cutting the work into chunks, threads.
+Leaves out: the layouts (`layout`), what encoders share (`blocks`), and each family's search
+(`legacy`, `k_asymmetric`, `k_symmetric`, `nonlinear`).
+
+Bytes depend on the values and the importance alone: not on the number of threads, the chunks, or
+which other rows come along.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moequant.quants import k_asymmetric, legacy
+from moequant.quants.blocks import Codec
+from moequant.quants.layout import QUANT_TYPES, QuantType
+
+__all__ = ["CODECS", "QUANT_TYPES", "QuantType", "dequantize", "quantize", "row_bytes"]
+
+CODECS: dict[str, Codec] = {**legacy.CODECS, **k_asymmetric.CODECS}
+for _module in ("k_symmetric", "nonlinear"):  # development only
+    try:
+        import importlib
+
+        CODECS.update(importlib.import_module(f"moequant.quants.{_module}").CODECS)
+    except ModuleNotFoundError:
+        pass
+
+CPU_CHUNK = 1 << 16  # values: a search's temporaries stay in a core's L2 cache
+GPU_CHUNK = 1 << 24
+
+
+def row_bytes(qtype: str, cols: int) -> int:
+    """Bytes of one row of `cols` values; ValueError if they cannot be cut into blocks."""
+    return _layout(qtype).row_bytes(cols)
+
+
+def quantize(
+    x: Tensor,
+    qtype: str,
+    importance: Tensor | None = None,
+    *,
+    threads: int | None = None,
+    chunk_values: int | None = None,
+) -> Tensor:
+    """Encode rows so that sum_j importance_j (x_j - x̂_j)² is small.
+
+    x: float32 [rows, cols], finite. importance: float32 [cols], finite, >= 0, one row that serves
+    all rows of x (one expert); None counts every column alike. Returns uint8 [rows, row_bytes] on
+    x's device. On the CPU `threads` workers share the work (None: all cores); neither it nor
+    `chunk_values` changes a byte.
+
+    ValueError: unknown qtype, cols not a multiple of the block size, wrong dtype or shape,
+    NaN or Inf, negative importance, or values too large for the type's fp16 scales. (ggml
+    stores infinite scales for the last, which decode to NaN.)
+    """
+    layout, codec = _layout(qtype), CODECS[qtype]
+    _check_values(x, layout, codec)
+    weights = None
+    if importance is not None:
+        weights = _normalised(_checked_importance(importance, x), layout)
+    blocks = x.reshape(-1, layout.block_size)
+
+    def encode(start: int, stop: int) -> Tensor:
+        return codec.encode(blocks[start:stop], _weights_of(weights, codec, start, stop))
+
+    out = torch.empty(len(blocks), layout.type_size, dtype=torch.uint8, device=x.device)
+    _fill(out, encode, _chunk_blocks(layout, x.device, chunk_values), threads)
+    return out.view(x.shape[0], layout.row_bytes(x.shape[1]))
+
+
+def dequantize(data: Tensor, qtype: str, cols: int, *, threads: int | None = None) -> Tensor:
+    """Decode rows: uint8 [rows, row_bytes] to float32 [rows, cols], bit for bit as ggml does.
+
+    ValueError: unknown qtype, or data that is not uint8 [rows, row_bytes(qtype, cols)].
+    """
+    layout, codec = _layout(qtype), CODECS[qtype]
+    expected = layout.row_bytes(cols)
+    if data.dtype != torch.uint8 or data.dim() != 2 or data.shape[1] != expected:
+        raise ValueError(
+            f"{qtype} rows of {cols} values are uint8 [rows, {expected}]: "
+            f"{data.dtype} {list(data.shape)}"
+        )
+    blocks = data.reshape(-1, layout.type_size)
+    out = torch.empty(len(blocks), layout.block_size, dtype=torch.float32, device=data.device)
+
+    def decode(start: int, stop: int) -> Tensor:
+        return codec.decode(blocks[start:stop])
+
+    _fill(out, decode, _chunk_blocks(layout, data.device, None), threads)
+    return out.view(data.shape[0], cols)
+
+
+def _layout(qtype: str) -> QuantType:
+    if qtype not in QUANT_TYPES:
+        raise ValueError(f"unknown type {qtype!r}; known: {', '.join(QUANT_TYPES)}")
+    return QUANT_TYPES[qtype]
+
+
+def _check_values(x: Tensor, layout: QuantType, codec: Codec) -> None:
+    if x.dtype != torch.float32 or x.dim() != 2:
+        raise ValueError(f"x must be float32 [rows, cols]: {x.dtype} {list(x.shape)}")
+    layout.row_bytes(x.shape[1])
+    if x.numel() == 0:
+        return
+    low, high = (bound.item() for bound in torch.aminmax(x))
+    largest = max(-low, high)
+    if not math.isfinite(largest):
+        raise ValueError(f"x has {int((~x.isfinite()).sum())} NaN or Inf of {x.numel()} values")
+    if largest > codec.limit:
+        raise ValueError(f"{layout.name} holds |x| up to {codec.limit:g}: {largest:g}")
+
+
+def _checked_importance(importance: Tensor, x: Tensor) -> Tensor:
+    if importance.dtype != torch.float32 or tuple(importance.shape) != (x.shape[1],):
+        raise ValueError(
+            f"importance must be float32 [{x.shape[1]}], one per column: "
+            f"{importance.dtype} {list(importance.shape)}"
+        )
+    if importance.device != x.device:
+        raise ValueError(f"importance is on {importance.device}, x on {x.device}")
+    bad = int((~(importance.isfinite() & (importance >= 0))).sum())
+    if bad:
+        raise ValueError(f"importance has {bad} negative, NaN or Inf of {len(importance)} values")
+    return importance
+
+
+def _normalised(importance: Tensor, layout: QuantType) -> Tensor:
+    """[cols/block_size, block_size], each block scaled to a largest value in [1, 2).
+
+    A power of two changes no comparison inside a block, and keeps products of sums inside
+    float32. A block of zeros stays zero.
+    """
+    blocks = importance.reshape(-1, layout.block_size)
+    _, exponent = torch.frexp(blocks.amax(dim=1, keepdim=True))
+    # In two halves: 2^-exponent itself may be outside float32.
+    half = exponent.div(2, rounding_mode="floor")
+    return torch.ldexp(torch.ldexp(blocks, -half), half - exponent + 1)
+
+
+def _weights_of(weights: Tensor | None, codec: Codec, start: int, stop: int) -> Tensor | None:
+    """Weights of blocks start..stop of x: those of the blocks of one row, again and again."""
+    if weights is None or not codec.weighted:
+        return None
+    return weights[torch.arange(start, stop, device=weights.device) % len(weights)]
+
+
+def _chunk_blocks(layout: QuantType, device: torch.device, values: int | None) -> int:
+    if values is None:
+        values = CPU_CHUNK if device.type == "cpu" else GPU_CHUNK
+    return max(1, values // layout.block_size)
+
+
+def _fill(
+    out: Tensor, part: Callable[[int, int], Tensor], chunk: int, threads: int | None
+) -> None:
+    """out[start:stop] = part(start, stop) over all chunks, on several threads if on the CPU."""
+    starts = range(0, len(out), chunk)
+
+    def fill(start: int) -> None:
+        out[start : start + chunk] = part(start, min(start + chunk, len(out)))
+
+    workers = min(threads or os.cpu_count() or 1, len(starts))
+    if out.device.type != "cpu" or len(starts) < 2:
+        for start in starts:
+            fill(start)
+        return
+    # One torch thread per worker: chunks are too small to share among threads. The setting is
+    # the worker's own, but also what threads born later start with, hence the last line.
+    torch_threads = torch.get_num_threads()
+    one_thread = partial(torch.set_num_threads, 1)
+    try:
+        with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
+            for _ in pool.map(fill, starts):
+                pass
+    finally:
+        torch.set_num_threads(torch_threads)

@@ -1,0 +1,108 @@
+"""What all block encoders share: the shape of a codec, exact sums, and bytes.
+
+Owns: `Codec` and `Scales`, order-deterministic sums over a block, fp16 fields, bit packing.
+Leaves out: any one type's layout or search, chunking and threads (`moequant.quants`).
+
+Every function sees whole blocks and treats each alike, so that a block's bytes depend on nothing
+but that block and its weights. That rules out `sum`, `mean`, `matmul` and the fused `addcmul`
+family over values: torch picks their order of additions, or their use of fused multiply-add, by
+shape and alignment. Searches therefore hold values as columns (`as_columns`: a block's values
+down, blocks across) and add with `column_sum`, which is elementwise, vectorised over blocks and
+always in one order.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FP16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales of n blocks, as the format stores them; a value is `step * level + offset`.
+
+    `step` and `offset` are float32 [n, groups], decoded from the stored fields (group g covers
+    values g*size/groups onwards of the block); `offset` is None where the type has none. For a
+    type with a codebook, `level` stands for the codebook's entry. `stored` holds the fields
+    themselves, in the order that the type's `pack` wants them.
+    """
+
+    step: Tensor
+    offset: Tensor | None
+    stored: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Encoder and decoder of one tensor type, over n independent blocks.
+
+    fit(x f32 [n, block_size], weights f32 like x | None) -> Scales
+    round(x f32 [n, block_size], Scales) -> levels uint8 [n, block_size], as pack wants them
+    pack(levels, Scales) -> uint8 [n, type_size]
+    decode(uint8 [n, type_size]) -> f32 [n, block_size], bit for bit what ggml decodes
+
+    `limit` is the largest |x| that is sure to fit the type's scale fields. `weighted` is False
+    where weights make no difference. Weights are finite, >= 0, and may be all zero in a block.
+    """
+
+    fit: Callable[[Tensor, Tensor | None], Scales]
+    round: Callable[[Tensor, Scales], Tensor]
+    pack: Callable[[Tensor, Scales], Tensor]
+    decode: Callable[[Tensor], Tensor]
+    limit: float
+    weighted: bool = True
+
+    def encode(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """Fit, round, pack: float32 [n, block_size] to uint8 [n, type_size]."""
+        scales = self.fit(x, weights)
+        return self.pack(self.round(x, scales), scales)
+
+
+def as_columns(x: Tensor, size: int) -> Tensor:
+    """[n, k*size] to contiguous [size, n*k]: one column per group of `size` values."""
+    return x.reshape(-1, size).t().contiguous()
+
+
+def as_rows(columns: Tensor, block_size: int) -> Tensor:
+    """Inverse of `as_columns`: [size, n*k] to [n, block_size]."""
+    return columns.t().reshape(-1, block_size)
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """Sum over axis 0 (a power of two long) by halving: always the same order of additions."""
+    while x.shape[0] > 1:
+        half = x.shape[0] // 2
+        x = x[:half] + x[half:]
+    return x[0]
+
+
+def row_sum(x: Tensor) -> Tensor:
+    """Sum over the last axis (a power of two long) by halving; for short, few rows."""
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]
+
+
+def through_fp16(x: Tensor) -> Tensor:
+    """Float32 rounded to the nearest fp16, saturated at ±65504 instead of becoming infinite."""
+    return x.clamp(-FP16_MAX, FP16_MAX).half().float()
+
+
+def fp16_field(x: Tensor) -> Tensor:
+    """Float32 [n] that fp16 holds exactly, to its little-endian bytes, uint8 [n, 2]."""
+    return x.half().unsqueeze(-1).view(torch.uint8)
+
+
+def read_fp16(field: Tensor) -> Tensor:
+    """Bytes uint8 [n, 2] to float32 [n, 1]."""
+    return field.contiguous().view(torch.float16).float()
+
+
+def safe_inverse(x: Tensor) -> Tensor:
+    """1/x, and 0 where x is 0 or so small that 1/x would be infinite."""
+    inverse = 1.0 / x
+    return torch.where(inverse.isfinite(), inverse, torch.zeros_like(x))
