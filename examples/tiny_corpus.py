@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-GROFF = "groff -K utf8 -t -Tutf8 -man -P-cbou -rHY=0 -rLL=78n".split()
+GROFF = ["groff", "-K", "utf8", "-t", "-Tutf8", "-man", "-P-cbou", "-rHY=0", "-rLL=78n"]
 MAX_DOCUMENT = 40_000  # characters; longer files are cut, so that no single one fills a domain
 
 
@@ -44,11 +44,12 @@ def render_man(path: Path) -> str:
     if roff.startswith(b".so "):
         return ""
     shown = subprocess.run(GROFF, input=roff, capture_output=True, check=False).stdout.decode()
+    shown = re.sub(r"[─┌┐└┘├┤┬┴┼]+", "-", shown)  # frames of tables
     return re.sub(r"(?<=\S)  (?=\S)", " ", shown)  # undo the justification of full lines
 
 
 class _Blocks(html.parser.HTMLParser):
-    """Collects the text of headings, paragraphs, list items and listings of an HTML page."""
+    """Collects the text of headings, paragraphs and listings of a Publican HTML book page."""
 
     BLOCKS = frozenset({"h1", "h2", "h3", "h4", "p", "pre", "dt"})
 
@@ -57,8 +58,8 @@ class _Blocks(html.parser.HTMLParser):
         self.blocks: list[str] = []
         self.open: list[str] = []
 
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        if tag in self.BLOCKS:
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag in self.BLOCKS or (tag == "div" and ("class", "para") in attrs):
             self.open.append(tag)
             self.blocks.append("")
 

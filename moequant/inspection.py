@@ -11,8 +11,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moequant.architectures import describe
 from moequant.calibrate import Imatrix
 from moequant.checkpoint import open_checkpoint
@@ -131,19 +129,12 @@ def _model_file(path: Path, file: GGUFFile) -> Inspection:
 
 def _imatrix(path: Path, file: GGUFFile) -> Inspection:
     imatrix = Imatrix.read(path)
-    shares: dict[int, list[float]] = {}
-    for name in imatrix.entries:
-        if is_expert(name):
-            bid = int(name.split(".")[1])
-            share = imatrix.routed_share(bid)
-            if share is not None:
-                shares[bid] = np.asarray(share, float).tolist()
     rows = [
         RoleSize(role, "F32", len(group), sum(s.in_sum2.size for s in group), 0)
         for role, group in _by_role(imatrix.entries.items())
     ]
     thin = [str(expert) for expert in imatrix.thin_experts()]
-    return Inspection(str(path), "imatrix", "imatrix", None, 0, 0, rows, shares, thin, [],
+    return Inspection(str(path), "imatrix", "imatrix", None, 0, 0, rows, imatrix.routed_share(), thin, [],
                       _readable(file.metadata))  # fmt: skip
 
 

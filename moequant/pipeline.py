@@ -52,6 +52,17 @@ class ExportResult:
     imatrix: Imatrix | None
     parameters: Parameters
     file_bytes: int
+    source_bytes: int  # of the tensors that were exported, as the checkpoint stores them
+    unweighted: tuple[str, ...]  # tensors that had no entry in the imatrix
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Perplexity on one text: of the checkpoint, and of the file made from it."""
+
+    text: Path
+    before: Perplexity
+    after: Perplexity
 
 
 def export(
@@ -66,6 +77,7 @@ def export(
     plan = make_plan(model, options)
     _check_targets(path, plan, options)
     imatrix = obtain_imatrix(checkpoint, model, plan, options, progress)
+    unweighted = _unweighted(plan, imatrix)
     if options.save_imatrix is not None and imatrix is not None:
         imatrix.write(options.save_imatrix)
     if options.save_plan is not None:
@@ -73,10 +85,15 @@ def export(
     parameters = model_parameters(model)
     metadata = [
         *gguf_metadata(model, checkpoint, file_type=PRESETS[plan.preset].file_type),
-        *provenance(checkpoint, model, plan, imatrix, parameters),
+        *provenance(checkpoint, plan, imatrix, parameters),
     ]
     write_model(path, checkpoint, model, plan, imatrix, metadata, options.device, progress)
-    return ExportResult(path, checkpoint, model, plan, imatrix, parameters, path.stat().st_size)
+    return ExportResult(
+        path, checkpoint, model, plan, imatrix, parameters,
+        file_bytes=path.stat().st_size,
+        source_bytes=_source_bytes(checkpoint, model),
+        unweighted=unweighted,
+    )  # fmt: skip
 
 
 def make_plan(model: ModelSpec, options: ExportOptions) -> Plan:
@@ -113,6 +130,44 @@ def model_parameters(model: ModelSpec) -> Parameters:
     """Parameters that the file will hold."""
     sizes = [(spec.name, prod(spec.shape)) for spec in model.tensors]
     return count_parameters(sizes, model.expert_count, model.expert_used_count)
+
+
+def measure_perplexity(
+    result: ExportResult, text: Path, device: str, progress: Progress = lambda *_: None
+) -> Fidelity:
+    """Perplexity of the checkpoint and of the file on `text`, by the same streamed forward.
+
+    Raises:
+        CalibrationError: the text cannot be read or is shorter than one window.
+    """
+    windows = text_windows(result.checkpoint, text, WINDOW)
+    weights = GGUFWeights(read_gguf(result.path), result.model)
+    measured = [
+        perplexity(source, result.model, windows, device=device,
+                   progress=lambda _, done, total, stage=stage: progress(stage, done, total))
+        for stage, source in (("before", result.checkpoint), ("after", weights))
+    ]  # fmt: skip
+    return Fidelity(text, measured[0], measured[1])
+
+
+def _unweighted(plan: Plan, imatrix: Imatrix | None) -> tuple[str, ...]:
+    """Tensors that will be quantized without importance although there is an imatrix.
+
+    Raises:
+        ImatrixError: the imatrix is of another model.
+    """
+    if imatrix is None:
+        return ()
+    return imatrix.check(
+        (tensor.name, prod(tensor.shape[:-2]), tensor.shape[-1])
+        for tensor in plan.tensors
+        if len(tensor.shape) > 1 and tensor.qtype not in UNWEIGHTED
+    )
+
+
+def _source_bytes(checkpoint: Checkpoint, model: ModelSpec) -> int:
+    infos = (checkpoint.tensors[name] for spec in model.tensors for name in spec.sources)
+    return sum(info.stop - info.start for info in infos)
 
 
 def _check_targets(path: Path, plan: Plan, options: ExportOptions) -> None:

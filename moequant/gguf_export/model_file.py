@@ -42,7 +42,8 @@ def write_model(
     """
     specs = {spec.name: spec for spec in model.tensors}
     tensors = [
-        TensorToWrite(entry.name, entry.shape, entry.qtype, entry.nbytes) for entry in plan.tensors
+        TensorToWrite(planned.name, planned.shape, planned.qtype, planned.size_bytes)
+        for planned in plan.tensors
     ]
     total, done = sum(tensor.nbytes for tensor in tensors), 0
 
@@ -87,4 +88,4 @@ def _pack(
         for rows in values.reshape(-1, cols).split(step):
             row = None if importance is None else importance[index].to(device)
             packed = quantize(rows.to(device, torch.float32), qtype, row)
-            yield memoryview(packed.cpu().numpy().reshape(-1))
+            yield packed.cpu().numpy().reshape(-1).data

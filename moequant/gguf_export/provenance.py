@@ -5,11 +5,9 @@ Owns: those keys (documented in docs/formats.md). Leaves out: every key that lla
 
 from typing import Any
 
-import numpy as np
 from gguf import GGUFValueType
 
 import moequant
-from moequant.architectures import ModelSpec
 from moequant.calibrate import Imatrix
 from moequant.checkpoint import Checkpoint
 from moequant.gguf_export.metadata import MetadataEntry
@@ -17,11 +15,11 @@ from moequant.parameters import Parameters
 from moequant.plan import Plan
 
 UINT64, UINT32 = GGUFValueType.UINT64, GGUFValueType.UINT32
+VALUE_TYPES = {str: GGUFValueType.STRING, int: UINT64, float: GGUFValueType.FLOAT64}
 
 
 def provenance(
     checkpoint: Checkpoint,
-    model: ModelSpec,
     plan: Plan,
     imatrix: Imatrix | None,
     parameters: Parameters,
@@ -42,25 +40,21 @@ def provenance(
         lines = [f"{t.name} {t.wanted} -> {t.qtype}: {t.reason}" for t in plan.fallbacks]
         entries.append(_array("moequant.plan.fallbacks", lines, GGUFValueType.STRING))
     if imatrix is not None:
-        entries += _calibration(model, imatrix)
+        entries += _calibration(imatrix)
     return entries
 
 
-def _calibration(model: ModelSpec, imatrix: Imatrix) -> list[MetadataEntry]:
+def _calibration(imatrix: Imatrix) -> list[MetadataEntry]:
     """What the imatrix says of itself, and each expert's share of its layer's routed tokens."""
     entries = [
-        MetadataEntry(f"moequant.calibration.{key}", value, kind)
-        for key, value, kind in imatrix.provenance()
+        MetadataEntry(key, value, VALUE_TYPES[type(value)])
+        for key, value in imatrix.metadata.items()
+        if key.startswith("moequant.calibration.")
     ]
-    layers, shares = [], []
-    for bid in model.moe_layers:
-        share = imatrix.routed_share(bid)
-        if share is not None:
-            layers.append(bid)
-            shares.append(share)
-    if layers:
-        entries.append(_array("moequant.experts.layers", layers, UINT32))
-        flat = np.concatenate(shares).astype(float).tolist()
+    shares = imatrix.routed_share()
+    if shares:
+        entries.append(_array("moequant.experts.layers", list(shares), UINT32))
+        flat = [share for layer in shares.values() for share in layer]
         entries.append(_array("moequant.experts.routed_share", flat, GGUFValueType.FLOAT32))
     thin = [str(expert) for expert in imatrix.thin_experts()]
     if thin:

@@ -20,13 +20,15 @@ class Site:
     """Where a tensor stands: what the conditions of the presets look at.
 
     `index` counts from 0: the layer, or, for `attn_v`, the how-manieth of its kind it is among
-    `count`. `gqa` is heads per key/value head in the first layer.
+    `count`. `gqa` is heads per key/value head in the first layer. `called_70b`: llama.cpp takes
+    the model for a Llama 70B.
     """
 
     index: int
     count: int
     gqa: int
     expert_count: int
+    called_70b: bool
     has_imatrix: bool
 
 
@@ -35,21 +37,22 @@ Condition = Callable[[Site], bool]
 
 @dataclass(frozen=True)
 class Rule:
-    """`qtype` where `when` holds."""
+    """`qtype` where `when` holds; None: everywhere."""
 
     qtype: str
-    when: Condition
+    when: Condition | None = None
 
-
-def always(site: Site) -> bool:
-    """Everywhere."""
-    return True
+    def holds(self, site: Site) -> bool:
+        """Whether the rule decides at this site."""
+        return self.when is None or self.when(site)
 
 
 def more_bits(site: Site) -> bool:
     """The first eighth, the last eighth, and every third between (`use_more_bits`)."""
     eighth = site.count // 8
-    return site.index < eighth or site.index >= 7 * site.count // 8 or (site.index - eighth) % 3 == 2
+    return (
+        site.index < eighth or site.index >= 7 * site.count // 8 or (site.index - eighth) % 3 == 2
+    )
 
 
 def first_eighth(site: Site) -> bool:
@@ -153,21 +156,21 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "Q3_K_L", 13, "Q3_K", "3.4 bits, 5.5 for ffn_down, attn_v and attn_output",
-            attn_v=(Rule("Q5_K", always),), ffn_down=(Rule("Q5_K", always),),
+            attn_v=(Rule("Q5_K"),), ffn_down=(Rule("Q5_K"),),
             attn_output=(Rule("Q5_K", not_eight_experts),),
         ),
         Preset(
             "Q3_K_M", 12, "Q3_K", "3.4 bits, 4.5 or more for ffn_down, attn_v and attn_output",
-            attn_v=(Rule("Q5_K", first_two), Rule("Q4_K", always)),
-            ffn_down=(Rule("Q5_K", first_sixteenth), Rule("Q4_K", always)),
-            attn_output=(_OUTPUT_8_EXPERTS, Rule("Q4_K", always)),
+            attn_v=(Rule("Q5_K", first_two), Rule("Q4_K")),
+            ffn_down=(Rule("Q5_K", first_sixteenth), Rule("Q4_K")),
+            attn_output=(_OUTPUT_8_EXPERTS, Rule("Q4_K")),
         ),
         Preset("Q3_K_S", 11, "Q3_K", "3.4 bits", attn_output=(_OUTPUT_8_EXPERTS,)),
         Preset(
             "Q2_K", 10, "Q2_K", "2.6 bits, 3.4 or more for ffn_down, attn_v and attn_output",
-            attn_v=(Rule("Q4_K", grouped_by_4), Rule("Q3_K", always)),
-            ffn_down=(Rule("Q3_K", always),),
-            attn_output=(_OUTPUT_8_EXPERTS, Rule("Q3_K", always)),
+            attn_v=(Rule("Q4_K", grouped_by_4), Rule("Q3_K")),
+            ffn_down=(Rule("Q3_K"),),
+            attn_output=(_OUTPUT_8_EXPERTS, Rule("Q3_K")),
         ),
         Preset(
             "IQ4_XS", 30, "IQ4_XS", "4.25 bits, non-linear levels",

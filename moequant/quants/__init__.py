@@ -157,9 +157,7 @@ def _chunk_blocks(layout: QuantType, device: torch.device, values: int | None) -
     return max(1, values // layout.block_size)
 
 
-def _fill(
-    out: Tensor, part: Callable[[int, int], Tensor], chunk: int, threads: int | None
-) -> None:
+def _fill(out: Tensor, part: Callable[[int, int], Tensor], chunk: int, threads: int | None) -> None:
     """out[start:stop] = part(start, stop) over all chunks, on several threads if on the CPU."""
     starts = range(0, len(out), chunk)
 

@@ -1,0 +1,274 @@
+"""The `moequant` command: each subcommand parses, calls one function, prints what came back.
+
+Owns: options, tables, progress bars, exit codes. Leaves out: all work. Errors are one message on
+stderr, with exit code 2 for bad usage or input and 1 for work that failed; Ctrl-C is 130.
+"""
+
+import json
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+import moequant
+from moequant.errors import MoequantError
+
+F = TypeVar("F", bound=Callable[..., Any])
+INTERRUPTED = 130  # what a shell reports for a program that SIGINT stopped
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Commands(click.Group):
+    """A group that turns moequant's own errors into a message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except MoequantError as error:
+            err.print(f"[bold red]Error:[/] ", end="")
+            err.print(str(error), markup=False, soft_wrap=True)
+            ctx.exit(error.exit_code)
+        except (KeyboardInterrupt, click.Abort):
+            err.print("\nStopped; nothing half-written was kept.")
+            ctx.exit(INTERRUPTED)
+
+
+def _terminate(*_: Any) -> NoReturn:
+    raise KeyboardInterrupt  # SIGTERM ends like Ctrl-C, so that temporary files are removed
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(moequant.__version__, prog_name="moequant")
+def main() -> None:
+    """Turn a Mixture-of-Experts checkpoint into a calibrated, quantized GGUF file.
+
+    CHECKPOINT is a folder with config.json and safetensors, or a Hugging Face id (org/name, or
+    org/name@revision). Memory holds one layer at a time, whatever the model's size.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\b")
+
+
+def _calibration_options(command: F) -> F:
+    """The options that say how importance is measured."""
+    from moequant.calibrate import CalibrationOptions
+
+    default = CalibrationOptions()
+    options = [
+        click.option("--calibration", "texts", multiple=True, metavar="PATH",
+                     type=click.Path(path_type=Path),
+                     help="Calibration text: a text file, a folder of them, or JSONL with `text` or "
+                     "`messages`. Repeat for more. Default: the built-in corpus."),
+        click.option("--calibration-tokens", type=click.IntRange(min=1), metavar="N",
+                     default=default.tokens, show_default=True,
+                     help="Use at most N tokens of the calibration text."),
+        click.option("--sequence-length", type=click.IntRange(min=2), metavar="N",
+                     default=default.sequence_length, show_default=True,
+                     help="Tokens per calibration sequence."),
+        click.option("--expert-floor", type=click.IntRange(min=0), metavar="N",
+                     default=default.floor, show_default=True,
+                     help="An expert that fewer than N tokens reach also takes the tokens nearest "
+                     "to being routed to it."),
+        click.option("--seed", type=int, default=default.seed, show_default=True,
+                     help="Which sequences are taken where there are more than enough."),
+        click.option("--compute-dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+                     help="Data type of the forward pass. Default: the checkpoint's."),
+        click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]",
+                     help="Where the forward pass and the encoders run."),
+    ]  # fmt: skip
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _chosen_calibration(arguments: dict[str, Any]) -> Any:
+    """A CalibrationOptions from the options above, which are taken out of `arguments`."""
+    from moequant.calibrate import CalibrationOptions
+
+    return CalibrationOptions(
+        texts=tuple(arguments.pop("texts")),
+        tokens=arguments.pop("calibration_tokens"),
+        sequence_length=arguments.pop("sequence_length"),
+        floor=arguments.pop("expert_floor"),
+        seed=arguments.pop("seed"),
+        compute_dtype=arguments.pop("compute_dtype"),
+        device=arguments["device"],
+    )
+
+
+_output = click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
+_force = click.option("--force", is_flag=True, help="Replace files that exist.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+_quant = click.option("--quant", "preset", default="Q4_K_M", show_default=True, metavar="PRESET",
+                      help="A preset with the meaning it has in llama.cpp; `moequant presets` "
+                      "lists them.")  # fmt: skip
+
+
+@main.command()
+@click.argument("checkpoint")
+@_output
+@_quant
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="PLAN.JSON",
+              help="Use this plan's types instead of a preset's.")  # fmt: skip
+@click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Use this imatrix (ours or llama-imatrix's) instead of calibrating.")  # fmt: skip
+@click.option("--no-calibration", is_flag=True, help="Quantize without importance.")
+@_calibration_options
+@click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
+              help="Keep the imatrix, for further exports.")  # fmt: skip
+@click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Keep the plan.")
+@click.option("--perplexity", "text", type=click.Path(path_type=Path), metavar="TEXT",
+              help="Afterwards, measure perplexity on TEXT of the checkpoint and of the file.")  # fmt: skip
+@_force
+@_json
+def export(
+    checkpoint: str, output: Path, text: Path | None, as_json: bool, **arguments: Any
+) -> None:
+    """Calibrate, quantize and write a GGUF file in one go."""
+    from moequant import pipeline, reports
+    from moequant.checkpoint import open_checkpoint
+
+    options = _export_options(arguments)
+    opened = open_checkpoint(checkpoint)
+    with _progress(quiet=as_json) as progress:
+        result = pipeline.export(opened, output, options, progress)
+        fidelity = None
+        if text is not None:
+            fidelity = pipeline.measure_perplexity(result, text, options.device, progress)
+    if as_json:
+        _print_json(reports.export_json(result, fidelity))
+        return
+    for table in reports.export_tables(result, fidelity):
+        out.print(table)
+
+
+def _export_options(arguments: dict[str, Any]) -> Any:
+    from moequant.errors import UsageError
+    from moequant.pipeline import ExportOptions
+
+    calibration = _chosen_calibration(arguments)
+    no_calibration = arguments.pop("no_calibration")
+    if no_calibration and arguments["imatrix_file"] is not None:
+        raise UsageError("--no-calibration and --imatrix exclude each other.")
+    if (no_calibration or arguments["imatrix_file"] is not None) and calibration.texts:
+        raise UsageError("--calibration has no use beside --imatrix or --no-calibration.")
+    return ExportOptions(calibration=None if no_calibration else calibration, **arguments)
+
+
+@main.command()
+@click.argument("checkpoint")
+@_output
+@_calibration_options
+@_force
+@_json
+def calibrate(checkpoint: str, output: Path, force: bool, as_json: bool, **arguments: Any) -> None:
+    """Measure importance per column and expert; write it as an imatrix that llama.cpp reads too."""
+    from moequant import reports
+    from moequant.architectures import describe
+    from moequant.calibrate import calibrate as measure
+    from moequant.checkpoint import open_checkpoint
+    from moequant.gguf_export.writer import check_target
+
+    options = _chosen_calibration(arguments)
+    check_target(output, force=force)
+    opened = open_checkpoint(checkpoint)
+    model = describe(opened)
+    with _progress(quiet=as_json) as progress:
+        imatrix = measure(opened, model, options, progress)
+    imatrix.write(output)
+    if as_json:
+        _print_json(reports.imatrix_json(output, imatrix))
+        return
+    for table in reports.imatrix_tables(output, imatrix):
+        out.print(table)
+
+
+@main.command()
+@click.argument("checkpoint")
+@_output
+@_quant
+@click.option("--no-imatrix", is_flag=True, help="Plan for an export without importance.")
+@_force
+@_json
+def plan(
+    checkpoint: str, output: Path, preset: str, no_imatrix: bool, force: bool, as_json: bool
+) -> None:
+    """Write the type of every tensor to a JSON file; edit it and give it to `export --plan`."""
+    from moequant import reports
+    from moequant.architectures import describe
+    from moequant.checkpoint import open_checkpoint
+    from moequant.gguf_export.writer import check_target
+    from moequant.plan import preset_plan
+
+    check_target(output, force=force)
+    made = preset_plan(preset, describe(open_checkpoint(checkpoint)), has_imatrix=not no_imatrix)
+    made.write(output)
+    if as_json:
+        _print_json(reports.plan_json(made))
+        return
+    for table in reports.plan_tables(made):
+        out.print(table)
+
+
+@main.command()
+@_json
+def presets(as_json: bool) -> None:
+    """List the presets: name, default type, what it is."""
+    from moequant import reports
+    from moequant.plan import PRESETS
+
+    if as_json:
+        _print_json(reports.presets_json(PRESETS))
+        return
+    out.print(reports.presets_table(PRESETS))
+
+
+@main.command()
+@click.argument("path")
+@_json
+def inspect(path: str, as_json: bool) -> None:
+    """Show what a checkpoint, a GGUF file or an imatrix holds. Reads headers only."""
+    from moequant import reports
+    from moequant.inspection import inspect as look
+
+    found = look(path)
+    if as_json:
+        _print_json(found.to_json())
+        return
+    for table in reports.inspection_tables(found):
+        out.print(table)
+
+
+def _print_json(data: Any) -> None:
+    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+
+
+@contextmanager
+def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar per stage on stderr; nothing where stderr is no terminal or JSON is wanted."""
+    bars = Progress(
+        TextColumn("{task.description:>12}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(), console=err, disable=quiet or not sys.stderr.isatty(),
+    )  # fmt: skip
+    tasks: dict[str, Any] = {}
+
+    def update(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bars.add_task(stage, total=total)
+        bars.update(tasks[stage], completed=done, total=total)
+
+    with bars:
+        yield update
+
+
+if __name__ == "__main__":
+    main()

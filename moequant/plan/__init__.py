@@ -1,0 +1,24 @@
+"""Plans: a type for every tensor. Names, shapes and sizes in, types out; no torch.
+
+Owns: named presets, the plan and its file, the report of fallbacks. Leaves out: how weights are
+encoded, and measured allocation to a size, which will be a second way to make a plan.
+"""
+
+from moequant.plan.choose import preset_plan
+from moequant.plan.fallbacks import FallbackRow, fallback_bpw, fallback_rows
+from moequant.plan.model import Model, Tensor
+from moequant.plan.plan import Plan, TensorPlan
+from moequant.plan.presets import PRESETS, Preset
+
+__all__ = [
+    "PRESETS",
+    "FallbackRow",
+    "Model",
+    "Plan",
+    "Preset",
+    "Tensor",
+    "TensorPlan",
+    "fallback_bpw",
+    "fallback_rows",
+    "preset_plan",
+]

@@ -1,0 +1,214 @@
+"""The plan: which type every tensor of a model gets, and what it weighs.
+
+Owns: the plan's contents, its sums, its checks against itself and against a model, its digest.
+Leaves out: how types are chosen (`rules`, `presets`), the file format (`document`), and the report
+of fallbacks (`fallbacks`).
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from moequant.errors import PlanError, listing
+from moequant.plan import sizes
+from moequant.plan.document import format_document, parse_document, read_text, write_text
+from moequant.plan.model import Model
+from moequant.plan.presets import FLOAT_TYPES, PRESETS
+from moequant.plan.rules import fallback_type
+
+_TYPES_NOTE = f"A type is one of {', '.join(sizes.QTYPES)}."
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """One tensor's type. `shape` is in torch order: (rows, in), (experts, rows, in), (n,).
+
+    `wanted` is the type before its rows were looked at, `reason` why it is not the final one.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    qtype: str
+    wanted: str
+    reason: str = ""
+
+    @property
+    def n_params(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor's data, without the file's padding."""
+        return sizes.tensor_bytes(self.qtype, self.shape)
+
+    @property
+    def wanted_bytes(self) -> float:
+        """Bytes the data would take in the wanted type if its rows were whole blocks."""
+        return self.n_params * sizes.bpw(self.wanted) / 8
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether the final type is not the wanted one."""
+        return self.qtype != self.wanted
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The types of all tensors of a model, in file order.
+
+    `base` is the float type of what is not quantized; `has_imatrix` whether importance data was
+    counted on when types were chosen.
+    """
+
+    preset: str
+    architecture: str
+    tensors: tuple[TensorPlan, ...]
+    base: str = "BF16"
+    has_imatrix: bool = False
+
+    @cached_property
+    def types(self) -> dict[str, str]:
+        """Final type by tensor name."""
+        return {tensor.name: tensor.qtype for tensor in self.tensors}
+
+    @property
+    def n_params(self) -> int:
+        """Number of values in all tensors."""
+        return sum(tensor.n_params for tensor in self.tensors)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all tensors' data: the file without its metadata and padding."""
+        return sum(tensor.size_bytes for tensor in self.tensors)
+
+    @property
+    def bpw(self) -> float:
+        """Bits per weight over all tensors; 0 for an empty plan."""
+        return 8 * self.size_bytes / self.n_params if self.tensors else 0.0
+
+    @property
+    def fallbacks(self) -> tuple[TensorPlan, ...]:
+        """Tensors that did not get the type the preset wants for them."""
+        return tuple(tensor for tensor in self.tensors if tensor.is_fallback)
+
+    def check(self, model: Model) -> None:
+        """PlanError that lists every tensor on which plan and model disagree."""
+        offenders = [*_model_offenders(self, model), *_type_offenders(self)]
+        if offenders:
+            raise PlanError(
+                f"the plan does not fit the model, {len(offenders)} offenders:{listing(offenders)}"
+                f"\n{_TYPES_NOTE}"
+            )
+
+    def digest(self) -> str:
+        """sha256 of the plan as JSON with sorted keys: equal if and only if plans are equal."""
+        header, tensors = _as_document(self)
+        canonical = json.dumps([header, list(tensors.items())], sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The plan as text; `moequant.plan.document` describes it."""
+        return format_document(*_as_document(self))
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "plan") -> Self:
+        """The plan in a text; PlanError, beginning with `source`, lists everything wrong in it."""
+        header, entries = parse_document(text, source)
+        plan = cls(
+            header["preset"],
+            header["architecture"],
+            tuple(_tensor_of(name, entry) for name, entry in entries.items()),
+            header["base"],
+            header["imatrix"],
+        )
+        offenders = [*_header_offenders(plan), *_type_offenders(plan)]
+        if offenders:
+            raise PlanError(
+                f"{source}: {len(offenders)} wrong in the plan:{listing(offenders)}\n{_TYPES_NOTE}"
+            )
+        return plan
+
+    def write(self, path: str | Path) -> None:
+        """Write `plan.json` in one step: readers see the old file or the new. ExportError."""
+        write_text(Path(path), self.to_json())
+
+    @classmethod
+    def read(cls, path: str | Path) -> Self:
+        """Read a plan that may have been edited; PlanError lists everything wrong in it."""
+        return cls.from_json(read_text(Path(path)), str(path))
+
+
+def _as_document(plan: Plan) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    header = {
+        "preset": plan.preset,
+        "architecture": plan.architecture,
+        "base": plan.base,
+        "imatrix": plan.has_imatrix,
+    }
+    return header, {tensor.name: _entry_of(tensor) for tensor in plan.tensors}
+
+
+def _entry_of(tensor: TensorPlan) -> dict[str, Any]:
+    entry: dict[str, Any] = {"type": tensor.qtype, "shape": list(tensor.shape)}
+    if tensor.is_fallback:
+        entry["wanted"] = tensor.wanted
+    if tensor.reason:
+        entry["reason"] = tensor.reason
+    return entry
+
+
+def _tensor_of(name: str, entry: dict[str, Any]) -> TensorPlan:
+    wanted = entry.get("wanted", entry["type"])
+    return TensorPlan(name, tuple(entry["shape"]), entry["type"], wanted, entry.get("reason", ""))
+
+
+def _header_offenders(plan: Plan) -> Iterator[str]:
+    if plan.preset not in PRESETS:
+        yield f"preset: unknown {plan.preset!r}; known: {', '.join(PRESETS)}"
+    if plan.base not in FLOAT_TYPES:
+        yield f"base: {plan.base!r} is not one of {', '.join(FLOAT_TYPES)}"
+
+
+def _type_offenders(plan: Plan) -> Iterator[str]:
+    """Types that do not exist, cannot hold the rows, or that llama.cpp cannot compute with."""
+    for tensor in plan.tensors:
+        cols = tensor.shape[-1]
+        if tensor.is_fallback and tensor.wanted not in sizes.QTYPES:
+            yield f"{tensor.name}: wanted: unknown type {tensor.wanted!r}"
+        if tensor.qtype not in sizes.QTYPES:
+            yield f"{tensor.name}: unknown type {tensor.qtype!r}"
+        elif _must_be_f32(tensor) and tensor.qtype != "F32":
+            yield f"{tensor.name}: {tensor.qtype}: vectors, norms and scales must be F32"
+        elif not sizes.fits(tensor.qtype, cols):
+            yield (
+                f"{tensor.name}: {tensor.qtype} holds blocks of {sizes.block_size(tensor.qtype)}, "
+                f"the rows have {cols} values; use {fallback_type(tensor.qtype, cols)}"
+            )
+
+
+def _must_be_f32(tensor: TensorPlan) -> bool:
+    """Vectors, norms, scales and biases: llama.cpp's kernels for them read F32 alone."""
+    name = tensor.name
+    return len(tensor.shape) <= 1 or name.endswith("_norm.weight") or not name.endswith(".weight")
+
+
+def _model_offenders(plan: Plan, model: Model) -> Iterator[str]:
+    if plan.architecture != model.architecture:
+        yield f"architecture: {plan.architecture} in the plan, {model.architecture} in the model"
+    shapes = {tensor.name: tensor.shape for tensor in model.tensors}
+    for tensor in plan.tensors:
+        if tensor.name not in shapes:
+            yield f"{tensor.name}: not in the model; remove the line"
+        elif tensor.shape != shapes[tensor.name]:
+            yield (
+                f"{tensor.name}: shape {list(tensor.shape)} in the plan, "
+                f"{list(shapes[tensor.name])} in the model; make the plan anew"
+            )
+    for name in [name for name in shapes if name not in plan.types]:
+        yield f"{name}: in the model, not in the plan; add it or make the plan anew"
