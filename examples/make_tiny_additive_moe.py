@@ -133,7 +133,7 @@ def mutate(dense: Gemma4ForCausalLM) -> Gemma4ForCausalLM:
     """Add a router and experts beside the MLP of every layer of `dense`.
 
     An expert starts as a random slice of the MLP's neurons, reads what the MLP reads, and its
-    branch starts at a tenth of the MLP's size (`post_feedforward_layernorm_2`).
+    branch starts at half of the MLP's size (`post_feedforward_layernorm_2`).
     """
     model = Gemma4ForCausalLM(shape(moe=True))
     model.load_state_dict(dense.state_dict(), strict=False)
@@ -147,7 +147,7 @@ def mutate(dense: Gemma4ForCausalLM) -> Gemma4ForCausalLM:
                 layer.experts.down_proj[e] = layer.mlp.down_proj.weight[:, rows]
             before = layer.pre_feedforward_layernorm.weight
             layer.pre_feedforward_layernorm_2.weight.copy_(before)
-            layer.post_feedforward_layernorm_2.weight.fill_(0.1)
+            layer.post_feedforward_layernorm_2.weight.fill_(0.5)
             nn.init.normal_(layer.router.proj.weight, std=0.5)
     return model
 

@@ -207,10 +207,13 @@ def plan(
     from moequant.architectures import describe
     from moequant.checkpoint import open_checkpoint
     from moequant.gguf_export.writer import check_target
+    from moequant.pipeline import base_type
     from moequant.plan import preset_plan
 
     check_target(output, force=force)
-    made = preset_plan(preset, describe(open_checkpoint(checkpoint)), has_imatrix=not no_imatrix)
+    opened = open_checkpoint(checkpoint)
+    base = base_type(opened)
+    made = preset_plan(preset, describe(opened), has_imatrix=not no_imatrix, base=base)
     made.write(output)
     if as_json:
         _print_json(reports.plan_json(made))

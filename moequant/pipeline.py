@@ -9,14 +9,19 @@ from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
+import torch
+
 from moequant.architectures import ModelSpec, describe
 from moequant.calibrate import CalibrationOptions, Imatrix, calibrate
 from moequant.checkpoint import Checkpoint
 from moequant.errors import UsageError
+from moequant.evaluate.gguf_weights import GGUFWeights
+from moequant.evaluate.perplexity import Perplexity, perplexity, text_windows
 from moequant.gguf_export.metadata import gguf_metadata
 from moequant.gguf_export.model_file import UNWEIGHTED, write_model
 from moequant.gguf_export.provenance import provenance
 from moequant.gguf_export.writer import check_target
+from moequant.gguf_file import read_gguf
 from moequant.parameters import Parameters, count_parameters
 from moequant.plan import PRESETS, Plan, preset_plan
 
@@ -74,7 +79,7 @@ def export(
         MoequantError: anything its stages raise; nothing then stands under `path`.
     """
     model = describe(checkpoint)
-    plan = make_plan(model, options)
+    plan = make_plan(checkpoint, model, options)
     _check_targets(path, plan, options)
     imatrix = obtain_imatrix(checkpoint, model, plan, options, progress)
     unweighted = _unweighted(plan, imatrix)
@@ -96,14 +101,20 @@ def export(
     )  # fmt: skip
 
 
-def make_plan(model: ModelSpec, options: ExportOptions) -> Plan:
+def make_plan(checkpoint: Checkpoint, model: ModelSpec, options: ExportOptions) -> Plan:
     """The plan of `options`: read and checked against the model, or made from its preset."""
     if options.plan_file is not None:
         plan = Plan.read(options.plan_file)
         plan.check(model)
         return plan
     has_imatrix = options.imatrix_file is not None or options.calibration is not None
-    return preset_plan(options.preset, model, has_imatrix=has_imatrix)
+    return preset_plan(options.preset, model, has_imatrix=has_imatrix, base=base_type(checkpoint))
+
+
+def base_type(checkpoint: Checkpoint) -> str:
+    """The float type of what is not quantized: the converter's `--outtype auto`."""
+    dtypes = {info.dtype for info in checkpoint.tensors.values()}
+    return "BF16" if torch.bfloat16 in dtypes else "F16"
 
 
 def obtain_imatrix(
@@ -140,7 +151,7 @@ def measure_perplexity(
     Raises:
         CalibrationError: the text cannot be read or is shorter than one window.
     """
-    windows = text_windows(result.checkpoint, text, WINDOW)
+    windows = text_windows(result.checkpoint.path, text)
     weights = GGUFWeights(read_gguf(result.path), result.model)
     measured = [
         perplexity(source, result.model, windows, device=device,

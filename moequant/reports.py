@@ -274,5 +274,3 @@ def _grid(title: str) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     return table
-
-

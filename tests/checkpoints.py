@@ -82,7 +82,14 @@ def gemma_tokenizer() -> str:
     """tokenizer.json of a 640-token BPE with byte fallback, specials first, as Gemma has them."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    # No token may reach over a line break or into the next word, as in Gemma's own vocabulary:
+    # llama.cpp splits at line breaks before it merges.
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\n+"), "isolated"),
+            pre_tokenizers.Split("▁", "merged_with_next"),
+        ]
+    )
     control = GEMMA_SPECIAL + GEMMA_VISIBLE + GEMMA_MEDIA
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
     trainer = BpeTrainer(

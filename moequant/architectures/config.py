@@ -28,12 +28,7 @@ def text_config(raw: Config, family: Family) -> dict[str, Any]:
     if not isinstance(own, dict):
         raise CheckpointError(f"config.json: text_config is a {type(own).__name__}, not an object.")
     _check_counts(own)
-    for level in (raw, own):
-        if level.get("quantization_config"):
-            method = dict(level["quantization_config"]).get("quant_method", "?")
-            raise ArchitectureError(
-                f"config.json: a checkpoint quantized with {method!r}; use the original weights."
-            )
+    _refuse_quantized(raw.get("quantization_config") or own.get("quantization_config"))
     full = _with_defaults(raw)
     config = {**full, **full.get("text_config", {})}
     with readable():
@@ -70,6 +65,15 @@ def _check_counts(own: Config) -> None:
             raise ArchitectureError(
                 f"config.json: {name} is {value}; llama.cpp holds at most {limit}."
             )
+
+
+def _refuse_quantized(quantization: Any) -> None:
+    if quantization:
+        known = quantization if isinstance(quantization, dict) else {}
+        method = known.get("quant_method", "an unknown method")
+        raise ArchitectureError(
+            f"config.json: a checkpoint quantized with {method}; use the original weights."
+        )
 
 
 def _with_defaults(raw: Config) -> dict[str, Any]:

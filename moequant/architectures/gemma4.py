@@ -179,11 +179,12 @@ def _refuse_layers(config: Config) -> list[str]:
         wrong.append(
             f"num_kv_shared_layers is {shared}: no earlier layer of the kind to share with"
         )
-    full = _overrides(config)
-    for bid, values in (config.get("per_layer_config") or {}).items():
-        expected = full if kinds[int(bid)] == FULL else {}
-        if dict(values) != dict(expected) or set(values) - {"head_dim", "num_key_value_heads"}:
-            wrong.append(f"per_layer_config of layer {bid} is {dict(values)}; {dict(expected)} is supported")  # fmt: skip  # noqa: E501
+    full, layers = _overrides(config), config.get("per_layer_config") or {}
+    own = {int(bid): dict(values) for bid, values in layers.items()}
+    for bid, kind in enumerate(kinds):
+        found, expected = own.get(bid, {}), dict(full) if kind == FULL else {}
+        if found != expected or set(found) - {"head_dim", "num_key_value_heads"}:
+            wrong.append(f"per_layer_config of layer {bid} is {found}; {expected} is supported")
     return wrong
 
 

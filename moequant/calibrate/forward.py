@@ -33,7 +33,8 @@ from moequant.errors import ArchitectureError
 Progress = Callable[[str, int, int], None]
 """Called as (stage, done, total)."""
 
-VOCABULARY_SLICE = 16384  # rows of the output matrix in memory at once
+_VOCABULARY_SLICE = 16384  # rows of the output matrix in memory at once
+_POSITIONS = 1024  # positions whose logits are in memory at once, for one such slice
 _EMBEDDING_SLICE = 8192  # rows of an embedding table read at once
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -163,11 +164,12 @@ class StreamedModel:
         return normed
 
     @torch.inference_mode()
-    def logits(self, normed: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Logits by slices of the vocabulary, from what `final_norm` gave, (positions, hidden).
+    def logits(self, normed: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+        """Logits in pieces, from what `final_norm` gave, flattened to (positions, hidden).
 
-        Yields (first token id, logits (positions, ids) in float32). The model's own head runs, so
-        that soft-capping and scaling are transformers'.
+        Yields (first position, first token id, logits (positions, ids) in float32); each slice of
+        the output matrix is read once. The model's own head runs, so that soft-capping and scaling
+        are transformers'.
         """
         tied = f"{self._model.base_model_prefix}.embed_tokens.weight"
         checkpoint_name = self.names.checkpoint_name
@@ -175,13 +177,15 @@ class StreamedModel:
         if name is None:
             raise ArchitectureError("the checkpoint has neither lm_head.weight nor embeddings")
         head = copy.deepcopy(self._model)
-        setattr(head, head.base_model_prefix, _Given(normed[None]))
-        for start in range(0, self.spec.vocab_size, VOCABULARY_SLICE):
-            stop = min(start + VOCABULARY_SLICE, self.spec.vocab_size)
+        for start in range(0, self.spec.vocab_size, _VOCABULARY_SLICE):
+            stop = min(start + _VOCABULARY_SLICE, self.spec.vocab_size)
             weight = read_rows(self.source, name, start, stop).to(self.device, self.dtype)
             head.lm_head.weight = nn.Parameter(weight, requires_grad=False)
-            ids = torch.zeros(1, len(normed), dtype=torch.int64, device=self.device)
-            yield start, head(input_ids=ids).logits[0].float()
+            for first in range(0, len(normed), _POSITIONS):
+                some = normed[first : first + _POSITIONS]
+                setattr(head, head.base_model_prefix, _Given(some[None].to(self.device)))
+                ids = torch.zeros(1, len(some), dtype=torch.int64, device=self.device)
+                yield first, start, head(input_ids=ids).logits[0].float()
 
     def _materialize(self, module: nn.Module, path: str) -> None:
         """Give a module on the meta device its values."""

@@ -66,9 +66,9 @@ class FolderContents:
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Sorts `layers.2` before `layers.10`."""
-    parts = re.split(r"([0-9]+)", name)
-    return [(int(p), "") if p.isascii() and p.isdecimal() else (-1, p) for p in parts]
+    """Sorts `layers.2` before `layers.10`; numbers by length, then digits: int() has a limit."""
+    parts = re.split(r"0*([0-9]+)", name)  # text and number in turn
+    return [(len(part) if i % 2 else 0, part) for i, part in enumerate(parts)]
 
 
 def read_folder(folder: Path) -> FolderContents:
@@ -221,9 +221,9 @@ def _weight_map_faults(weight_map: Any) -> list[str]:
 def _shard_faults(shard: str) -> list[str]:
     """A shard is a .safetensors file inside the folder, or a link there, as HF's cache has them."""
     path, shown = PurePosixPath(shard), printable(shard)
-    if shard != str(path):
+    if shard != str(path) or not shard.isprintable():
         return [f"shard {shown} is not a plain relative file name"]
-    if path.is_absolute() or ".." in path.parts or re.search(r"[\\\x00:]", shard):
+    if path.is_absolute() or ".." in path.parts or re.search(r"[\\:]", shard):
         return [f"shard {shown} is outside the checkpoint's folder, refused; is the index genuine?"]
     if shard.lower().endswith(_PICKLES):
         return [f"shard {shown} is a pickle file; loading pickle runs code, so it is refused"]

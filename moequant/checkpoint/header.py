@@ -29,7 +29,7 @@ from moequant.checkpoint.dtypes import BITS, TORCH_DTYPES
 
 MAX_HEADER_BYTES = 100_000_000
 LENGTH_BYTES = 8
-_MAX_EXTRA_DEPTH = 125  # serde_json stops at 127 levels; an entry's fields are on the second
+_MAX_FIELD_DEPTH = 125  # serde_json stops at 127 levels; an entry's fields are on the second
 _PICKLE = "a pickle file under a safetensors name; loading pickle runs code, so it is refused"
 _OTHER_FORMATS = (
     (b"version ", "a Git LFS pointer, not the weights themselves; run `git lfs pull`"),
@@ -268,7 +268,7 @@ def _entry(name: str, fields: Any) -> _Entry:
     if missing:
         raise BadFileError(f"lacks {', '.join(missing)}")
     for key, value in fields.items():
-        if key not in ("dtype", "shape", "data_offsets") and _depth(value) > _MAX_EXTRA_DEPTH:
+        if _depth(value) > _MAX_FIELD_DEPTH:
             raise BadFileError(f"has a field {printable(key)} that nests too deeply")
     dtype = _dtype(fields["dtype"])
     shape = _sizes("shape", fields["shape"])
@@ -318,20 +318,27 @@ def _sizes(field: str, values: Any) -> tuple[int, ...]:
 def _check_extent(entry: _Entry) -> None:
     """begin <= end, no overflow, and end - begin is what dtype and shape need."""
     shape, size = list(entry.shape), entry.end - entry.begin
+    shown, nonzero = _shortened(shape), 1
     if size < 0:
         raise BadFileError(f"ends before it begins: data_offsets [{entry.begin}, {entry.end}]")
-    if math.prod(axis for axis in shape if axis) >= 2**63:
-        raise BadFileError(f"has shape {shape}, whose product overflows")
-    bits = math.prod(shape) * BITS[entry.dtype]
+    for axis in shape:  # one by one: math.prod of a million huge axes would take hours
+        nonzero *= axis or 1
+        if nonzero >= 2**63:
+            raise BadFileError(f"has shape {shown}, whose product overflows")
+    bits = 0 if 0 in shape else nonzero * BITS[entry.dtype]
     if bits >= 2**64:
-        raise BadFileError(f"has shape {shape} in {entry.dtype}, whose size overflows")
+        raise BadFileError(f"has shape {shown} in {entry.dtype}, whose size overflows")
     if bits % 8 or (entry.dtype == "F4" and (not shape or shape[-1] % 2)):
-        raise BadFileError(f"has shape {shape} in {entry.dtype}, which does not fill whole bytes")
+        raise BadFileError(f"has shape {shown} in {entry.dtype}, which does not fill whole bytes")
     if bits // 8 != size:
         raise BadFileError(
             f"says {size} bytes in data_offsets [{entry.begin}, {entry.end}], "
-            f"but {entry.dtype} {shape} takes {bits // 8}"
+            f"but {entry.dtype} {shown} takes {bits // 8}"
         )
+
+
+def _shortened(shape: list[int]) -> str:
+    return str(shape) if len(shape) <= 8 else f"{shape[:8]} … ({len(shape)} axes)"
 
 
 def _layout_faults(entries: list[_Entry], data_bytes: int) -> list[str]:

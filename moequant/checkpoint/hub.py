@@ -110,9 +110,11 @@ def _remote_names(repo: str, commit: str) -> set[str] | None:
     from huggingface_hub import HfApi
 
     try:
-        return set(HfApi(library_name="moequant").list_repo_files(repo, revision=commit))
+        # Not list_repo_files: without a connection that one retries for half a minute.
+        info = HfApi(library_name="moequant").model_info(repo, revision=commit)
     except Exception:  # the first fetch came from the cache too; the second decides
         return None
+    return {sibling.rfilename for sibling in info.siblings or ()}
 
 
 def _wanted_shards(shown: str, folder: Path, names: Collection[str]) -> list[str]:

@@ -89,9 +89,10 @@ def _read_template(processor: Json, texts: dict[str, str], added: dict[str, bool
     first = _special(single[0]) if len(single) > 1 else None
     last = _special(single[-1]) if len(single) > 1 else None
     if first:
-        texts.setdefault("bos", first)
-        texts.setdefault("cls", first)
-        added["bos"] = first in (texts["bos"], texts["cls"])
+        if first not in (texts.get("bos"), texts.get("cls")):
+            texts.setdefault("bos", first)
+            texts.setdefault("cls", first)
+        added["bos"] = first in (texts.get("bos"), texts.get("cls"))
     if last:
         if texts.get("eos") not in (None, last):
             texts["eot"] = texts["eos"]  # the configured one still ends a turn

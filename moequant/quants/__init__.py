@@ -17,22 +17,20 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from moequant.quants import k_asymmetric, legacy
+from moequant.quants import k_asymmetric, k_symmetric, legacy, nonlinear
 from moequant.quants.blocks import Codec
 from moequant.quants.layout import QUANT_TYPES, QuantType
 
 __all__ = ["CODECS", "QUANT_TYPES", "QuantType", "dequantize", "quantize", "row_bytes"]
 
-CODECS: dict[str, Codec] = {**legacy.CODECS, **k_asymmetric.CODECS}
-for _module in ("k_symmetric", "nonlinear"):  # development only
-    try:
-        import importlib
+CODECS: dict[str, Codec] = {
+    **legacy.CODECS,
+    **k_asymmetric.CODECS,
+    **k_symmetric.CODECS,
+    **nonlinear.CODECS,
+}
 
-        CODECS.update(importlib.import_module(f"moequant.quants.{_module}").CODECS)
-    except ModuleNotFoundError:
-        pass
-
-CPU_CHUNK = 1 << 16  # values: a search's temporaries stay in a core's L2 cache
+CPU_CHUNK = 1 << 17  # values: large enough to hide torch's overhead, small enough for the cache
 GPU_CHUNK = 1 << 24
 
 

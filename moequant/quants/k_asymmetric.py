@@ -46,8 +46,8 @@ from moequant.quants.search import (
 
 SUPERBLOCK = 256
 STRETCHES = (0.0, -1.8, -1.2, -0.8, -0.4, 0.4, 0.8)  # spans to try, in steps beyond `top`
-REFINEMENTS = 3
-MOVES = ((1, 0), (-1, 0), (0, 1), (0, -1))  # of (scale, min), in this order
+REFINEMENTS = 1
+MOVES = ((1, 1), (-1, -1))  # of (scale, min): a wider step wants a deeper offset
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ def _per_column(values: Tensor) -> Tensor:
 
 def fit(shape: Shape, x: Tensor, weights: Tensor | None) -> Scales:
     """Scales of superblocks x [n, 256] so that sum weights (x - x̂)² is small."""
-    columns = columns_of(
-        as_columns(x, shape.size), None if weights is None else as_columns(weights, shape.size)
-    )
+    if weights is not None:
+        weights = as_columns(weights, shape.size, "w")
+    columns = columns_of(as_columns(x, shape.size, "x"), weights)
     importance = group_weights(_per_group(columns.total, shape.groups))
     limits = Limits(shape.top, nonpositive=True, fp16=False)
     line = fit_lines(columns, limits, STRETCHES, REFINEMENTS)

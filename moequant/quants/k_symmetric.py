@@ -27,8 +27,8 @@ SIZE = 16
 class Search:
     """How hard to look, see `symmetric_search`.
 
-    `peaks`: levels where a group's largest value is tried to lie; `multipliers`: where the largest step is tried to lie; `offsets`: around the
-    multiplier.
+    `peaks`: levels where a group's largest value is tried to lie. `multipliers`: where the largest
+    step is tried to lie. `offsets`: which neighbours of a multiplier are tried.
     """
 
     peaks: tuple[float, ...]
@@ -128,12 +128,17 @@ _Q3_K = _Symmetric(
     top=4,
     most=32,
     plain=Search((-4.4, -3.7, 3.9), (-32,), (0, -1)),
-    weighted=Search(_both_signs(4.9, 2.5, 6), (-32, -31, -30, -29, -28), (0, -1, 1)),
+    weighted=Search(_both_signs(4.9, 2.5, 6), tuple(range(-32, -23)), (0, -1, 1)),
 )
-_SEARCH_Q6_K = Search((-32, -31, -30, -29), (-128, -127), (0, -1, 1))
-_Q6_K = _Symmetric(top=32, most=128, plain=_SEARCH_Q6_K, weighted=_SEARCH_Q6_K)
+# Beyond 32 the largest value is clipped: right where it has little weight.
+_Q6_K = _Symmetric(
+    top=32,
+    most=128,
+    plain=Search((-32, -31, -30, -29), (-128, -127), (0, -1, 1)),
+    weighted=Search((-32, -33.2, -31, -30, -29, -34.5), (-128, -127), (0, -1, 1)),
+)
 
-# Σ over the largest |level| and |multiplier| that both signs reach.
+# Limits: the largest multiplier and level that exist with both signs.
 CODECS: dict[str, Codec] = {
     "Q3_K": Codec(_Q3_K.fit, _Q3_K.round, _pack_q3_k, _decode_q3_k, limit=FP16_MAX * 31 * 3),
     "Q6_K": Codec(_Q6_K.fit, _Q6_K.round, _pack_q6_k, _decode_q6_k, limit=FP16_MAX * 127 * 31),

@@ -20,11 +20,13 @@ from moequant.quants.blocks import (
     Scales,
     as_columns,
     column_sum,
+    column_sum_,
     fp16_field,
     pack_bits,
     read_fp16,
     round_affine,
     safe_inverse,
+    scratch,
     through_fp16,
     to_bytes,
     unpack_bits,
@@ -97,10 +99,11 @@ def _one_value(half: int, value: Tensor) -> Tensor:
 
 def _searched_signed(half: int, x: Tensor, weights: Tensor, d: Tensor) -> Tensor:
     """The best fp16 d [n] over spans around the given one, refitted and refined."""
-    columns, weights = as_columns(x, x.shape[1]), as_columns(weights, x.shape[1])
+    columns, weights = as_columns(x, x.shape[1], "x"), as_columns(weights, x.shape[1], "w")
     total = column_sum(weights)
-    weights = torch.where(total > 0, weights * safe_inverse(total), 1.0 / x.shape[1])
-    weighted = weights * columns
+    weights *= safe_inverse(total)
+    weights.masked_fill_(total == 0, 1.0 / x.shape[1])
+    weighted = torch.mul(weights, columns, out=scratch("weighted", x, *columns.shape))
     inverse = safe_inverse(d)
     best, explained = through_fp16(d), torch.full_like(d, -torch.inf)
     for turn in range(len(SIGNED_STRETCHES) + REFINEMENTS):
@@ -119,13 +122,14 @@ def _refit_signed(
     columns: Tensor, weights: Tensor, weighted: Tensor, inverse: Tensor, half: int
 ) -> tuple[Tensor, Tensor]:
     """Least squares fp16 d for the levels under `inverse`, the error it takes off: [n] each."""
-    levels = (columns * inverse).round_().clamp_(-half, half - 1)
-    size, n = levels.shape
-    products = levels.new_empty(size, 2, n)
+    size, n = columns.shape
+    levels = torch.mul(columns, inverse, out=scratch("levels", columns, size, n))
+    levels.round_().clamp_(-half, half - 1)
+    products = scratch("products", columns, size, 2, n)
     torch.mul(levels, weighted, out=products[:, 0])
     torch.mul(levels, weights, out=products[:, 1])
-    products[:, 1] *= levels
-    along, square = column_sum(products)
+    products[:, 1].mul_(levels)
+    along, square = column_sum_(products)
     d = through_fp16(along * safe_inverse(square))
     return d, d * (2 * along - d * square)
 
@@ -142,7 +146,7 @@ def _fit_offset(top: int, x: Tensor, weights: Tensor | None) -> Scales:
     if weights is None:
         d, m = through_fp16((high - low) / top), through_fp16(low)
     else:
-        columns = columns_of(as_columns(x, x.shape[1]), as_columns(weights, x.shape[1]))
+        columns = columns_of(as_columns(x, x.shape[1], "x"), as_columns(weights, x.shape[1], "w"))
         limits = Limits(top, nonpositive=False, fp16=True)
         line = fit_lines(columns, limits, OFFSET_STRETCHES, REFINEMENTS)
         d, m = _polished(line, columns.mean)

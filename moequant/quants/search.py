@@ -19,9 +19,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moequant.quants.blocks import column_sum, safe_inverse, through_fp16
+from moequant.quants.blocks import (
+    column_sum,
+    column_sum_,
+    first_largest,
+    safe_inverse,
+    scratch,
+    through_fp16,
+)
 
-# A variance of levels below these is one level and rounding noise; it counts as 0.
+# Taken off a variance of levels, which below them is that of one level and rounding noise.
 VARIANCE_FLOOR = 1e-9  # in steps²
 INDIFFERENT = 1e-6  # relative difference of what two lines explain: about float32's
 NOISE = 1e-6  # of the square of how far the mean level is from where the mean of x falls
@@ -41,13 +48,18 @@ class Limits:
 
 @dataclass(frozen=True)
 class Columns:
-    """Values to fit, [size, N]: N groups of `size` values, centred, with weights that sum to 1."""
+    """Values to fit, [size, N]: N groups of `size` values, centred, with weights that sum to 1.
+
+    Lives in this thread's scratch memory: one at a time.
+    """
 
     centred: Tensor  # x - mean [size, N]
     weights: Tensor  # [size, N]
     weighted: Tensor  # weights * centred
     mean: Tensor  # [N]
     total: Tensor  # [N] what the weights summed to before
+    about: Tensor  # [size, N], room for `moments`
+    products: Tensor  # [size, 3, N], likewise
 
 
 @dataclass(frozen=True)
@@ -86,32 +98,35 @@ class Line:
 
 def columns_of(x: Tensor, weights: Tensor | None) -> Columns:
     """Centre and normalise x [size, N]; a group whose weights are all zero counts all alike."""
-    size = x.shape[0]
+    size, n = x.shape
+    shares = scratch("shares", x, size, n)
     if weights is None:
-        shares = torch.full_like(x, 1.0 / size)
+        shares.fill_(1.0 / size)
         total = torch.ones_like(x[0])
     else:
-        total = column_sum(weights)
-        shares = weights * safe_inverse(total)
-        shares = torch.where(total > 0, shares, 1.0 / size)
-    mean = column_sum(shares * x)
-    centred = x - mean
-    return Columns(centred, shares, shares * centred, mean, total)
+        total = column_sum_(scratch("about", x, size, n).copy_(weights)).clone()
+        torch.mul(weights, safe_inverse(total), out=shares)
+        if bool((total == 0).any()):
+            shares.masked_fill_(total == 0, 1.0 / size)
+    mean = column_sum_(torch.mul(shares, x, out=scratch("about", x, size, n))).clone()
+    centred = torch.sub(x, mean, out=scratch("centred", x, size, n))
+    weighted = torch.mul(shares, centred, out=scratch("weighted", x, size, n))
+    about, products = scratch("about", x, size, n), scratch("products", x, size, 3, n)
+    return Columns(centred, shares, weighted, mean, total, about, products)
 
 
 def moments(columns: Columns, inverse: Tensor, shift: Tensor, top: int) -> Tensor:
     """Mean, variance and covariance with x of levels round(centred·inverse + shift), [3, N]."""
-    about = (columns.centred * inverse).add_(shift).round_().clamp_(0, top).sub_(shift)
-    size, n = about.shape
-    products = about.new_empty(size, 3, n)
+    about, products = columns.about, columns.products
+    torch.mul(columns.centred, inverse, out=about)
+    about.add_(shift).round_().clamp_(0, top).sub_(shift)
     torch.mul(about, columns.weights, out=products[:, 0])
     torch.mul(about, products[:, 0], out=products[:, 1])
     torch.mul(about, columns.weighted, out=products[:, 2])
-    sums = column_sum(products)
-    square = sums[0] * sums[0]
-    sums[1] -= square
-    sums[1] *= sums[1] > square.mul_(NOISE).add_(VARIANCE_FLOOR)
-    sums[0] += shift
+    sums = column_sum_(products).clone()
+    first, second, _ = sums
+    second.sub_(first * first * (1 + NOISE)).sub_(VARIANCE_FLOOR).clamp_(min=0)
+    first.add_(shift)
     return sums
 
 
@@ -122,25 +137,22 @@ def explained_by(found: Tensor, mean: Tensor, step: Tensor, offset: Tensor) -> T
     return step * (2 * covariance - step * variance) - missed * missed
 
 
-def lines_through(found: Tensor, mean: Tensor, limits: Limits) -> Line:
-    """Weighted least squares within limits, for moments [3, ..., N]."""
+def lines_through(found: Tensor, mean: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+    """Step and offset by least squares within limits, for moments [3, ..., N] of the levels."""
     level_mean, variance, covariance = found
-    step = covariance * safe_inverse(variance)
+    # A negative step, from levels that run against the data, gives way to a flat line.
+    step = (covariance * safe_inverse(variance)).clamp_(min=0)
     offset = mean - step * level_mean
     if limits.nonpositive:
         along = covariance + mean * level_mean
-        square = variance + level_mean * level_mean
-        steeper = along * safe_inverse(square) * (square > VARIANCE_FLOOR)
-        barred = (offset > 0) | (variance == 0)
-        step = torch.where(barred, steeper, step)
-        offset = offset.masked_fill_(barred, 0.0)
+        square = (variance + level_mean * level_mean).sub_(VARIANCE_FLOOR).clamp_(min=0)
+        steeper = (along * safe_inverse(square)).clamp_(min=0)
+        step = torch.where(offset > 0, steeper, step)
+        offset.clamp_(max=0)
     if limits.fp16:
         step = through_fp16(step)
         offset = through_fp16(mean - step * level_mean)
-    explained = explained_by(found, mean, step, offset)
-    # A negative step comes from a cut that runs against the data: never the best one.
-    explained.masked_fill_(step <= 0, -torch.inf)
-    return Line(torch.cat((found, torch.stack((step, offset, explained)))))
+    return step, offset
 
 
 def fit_lines(
@@ -152,23 +164,35 @@ def fit_lines(
     Below 0 the range takes fewer steps than there are; above 0 the highest values are clipped,
     which refitting makes good. The first stretch wins where others are hardly better.
     """
+    mean = columns.mean
     low, high = columns.centred.amin(0), columns.centred.amax(0)
     if limits.nonpositive:
-        low = torch.minimum(low, -columns.mean)
+        low = torch.minimum(low, -mean)
     inverse = safe_inverse(high - low)
     found = []
     for stretch in stretches:
         wide = inverse * (limits.top + stretch)
         found.append(moments(columns, wide, -low * wide, limits.top))
-    lines = lines_through(torch.stack(found, 1), columns.mean, limits).table
+    candidates = torch.stack(found, 1)
+    explained = explained_by(candidates, mean, *lines_through(candidates, mean, limits))
     # Where the span does not matter (few distinct values), groups of a superblock should agree.
-    lines[5, 0] += lines[5, 0].abs() * INDIFFERENT
-    choice = lines[5].argmax(0)
-    best = lines.gather(1, choice.expand(6, 1, -1))[:, 0]
-    best = _flat_where_better(best, columns.mean, limits)
+    explained[0].add_(explained[0].abs() * INDIFFERENT)
+    choice = first_largest(explained).expand(3, 1, -1)
+    best = _line(candidates.gather(1, choice)[:, 0], mean, limits)
+    best = _flat_where_better(best, mean, limits)
     for _ in range(refinements):
-        best = _refined(columns, best, limits)
+        inverse = safe_inverse(best[3])
+        found_again = moments(columns, inverse, (mean - best[4]) * inverse, limits.top)
+        line = _line(found_again, mean, limits)
+        best = torch.where(line[5] > best[5], line, best)
     return Line(best)
+
+
+def _line(found: Tensor, mean: Tensor, limits: Limits) -> Tensor:
+    """The table of a `Line` for moments [3, N]."""
+    step, offset = lines_through(found, mean, limits)
+    explained = explained_by(found, mean, step, offset)
+    return torch.cat((found, torch.stack((step, offset, explained))))
 
 
 def _flat_where_better(best: Tensor, mean: Tensor, limits: Limits) -> Tensor:
@@ -178,13 +202,6 @@ def _flat_where_better(best: Tensor, mean: Tensor, limits: Limits) -> Tensor:
     missed = mean - offset
     flat = torch.stack((zero, zero, zero, zero, offset, -missed * missed))
     return torch.where(flat[5] >= best[5], flat, best)
-
-
-def _refined(columns: Columns, best: Tensor, limits: Limits) -> Tensor:
-    inverse = safe_inverse(best[3])
-    shift = (columns.mean - best[4]) * inverse
-    line = lines_through(moments(columns, inverse, shift, limits.top), columns.mean, limits).table
-    return torch.where(line[5] > best[5], line, best)
 
 
 def fit_unit(values: Tensor, weights: Tensor, top: int) -> Tensor:
@@ -202,7 +219,7 @@ def fit_unit(values: Tensor, weights: Tensor, top: int) -> Tensor:
     unit = through_fp16(along * safe_inverse(square))
     missed = values - integers_of(values, unit, top) * unit
     error = column_sum(weights * missed * missed)
-    return unit.gather(0, error.argmin(0, keepdim=True))[0]
+    return unit.gather(0, first_largest(-error).unsqueeze(0))[0]
 
 
 def integers_of(values: Tensor, unit: Tensor, top: int) -> Tensor:

@@ -75,6 +75,16 @@ class Groups:
             kept.add_(added)
         out.copy_(self._sums)
 
+    def error(self, step: Tensor) -> Tensor:
+        """Σ w (step * l - x)² per group for the nearest levels, float32 [groups, n].
+
+        Slower than what `sums` can tell, but right where the fit is so good that the difference
+        of large sums says nothing.
+        """
+        levels = self.nearest(torch.mul(self.x, _inverse(step)[:, None], out=self._wll))
+        off = torch.mul(levels, step[:, None], out=self._wxl).sub_(self.x).square_()
+        return group_sum(off if self.weights is None else off.mul_(self.weights))
+
     def peak(self) -> Tensor:
         """The value of largest magnitude, with its sign, per group: float32 [groups, n]."""
         return signed_peak(self.x, 1)
@@ -108,6 +118,22 @@ def best_steps(groups: Groups, peaks: Sequence[float]) -> tuple[Tensor, Tensor]:
     gain[0] *= MARGIN
     step, curvature = _choose(gain, step, b)
     return torch.lerp(peak / peaks[0], step, (curvature > 0).float()), curvature
+
+
+def best_stored_steps(groups: Groups, peaks: Sequence[float]) -> Tensor:
+    """Each group's best step by itself, as fp16 stores it: float32 [groups, n].
+
+    As `best_steps`, but the trials compete on their true error after all rounding.
+    """
+    peak = groups.peak()
+    inverse = _inverse(peak)
+    steps, errors = [], []
+    for level in peaks:
+        a, b = groups.sums((inverse * level)[None])
+        fitted = (a / b.clamp_min(TINY))[0]
+        steps.append(through_fp16(torch.lerp(peak / level, fitted, (b[0] > 0).float())))
+        errors.append(groups.error(steps[-1]))
+    return _choose(-torch.stack(errors), torch.stack(steps))[0]
 
 
 def split_steps(
@@ -169,7 +195,7 @@ def _choose(gain: Tensor, *of: Tensor) -> list[Tensor]:
     for k in range(1, len(gain)):
         better = torch.gt(gain[k], best, out=torch.empty_like(best))
         best = torch.maximum(best, gain[k])
-        chosen = [torch.lerp(old, trials[k], better) for old, trials in zip(chosen, of, strict=True)]
+        chosen = [torch.lerp(chosen[i], trials[k], better) for i, trials in enumerate(of)]
     return chosen
 
 

@@ -200,6 +200,13 @@ def test_tensors_come_in_natural_order(tmp_path: Path) -> None:
     assert list(checkpoint.tensors) == ["embed", *(f"layers.{i}.w" for i in (0, 1, 2, 10, 11))]
 
 
+def test_names_of_endless_digits(tmp_path: Path) -> None:
+    """Python refuses int() of more than 4300 digits."""
+    names = ["w." + "9" * 5000, "w.007", "w.8", "w.٣", "w."]
+    checkpoint = open_checkpoint(write_single(tmp_path, tensors_file(dict.fromkeys(names, (1,)))))
+    assert [name[:5] for name in checkpoint.tensors] == ["w.", "w.007", "w.8", "w.999", "w.٣"]
+
+
 def test_tensors_cannot_be_changed(tmp_path: Path) -> None:
     checkpoint = saved(tmp_path, {"w": torch.zeros(1)})
     with pytest.raises(TypeError):

@@ -214,6 +214,8 @@ def test_bad_index(content: bytes, message: str, tmp_path: Path) -> None:
         "..\\x.safetensors",
         "C:x.safetensors",
         "x\0.safetensors",
+        "x\ud800.safetensors",
+        "x\n.safetensors",
         "./x.safetensors",
         "sub//x.safetensors",
         "",

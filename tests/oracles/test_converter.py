@@ -9,6 +9,8 @@ know one trained on a few KB; the driver tells it "qwen2" instead. That this is 
 tokenizers is `test_the_converter_calls_qwen_tokenizers_qwen2`.
 """
 
+import functools
+import importlib.util
 import json
 import subprocess
 import sys
@@ -24,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from moequant.architectures import describe
 from moequant.checkpoint import open_checkpoint
+from moequant.gguf_export.special_tokens import special_tokens
 from moequant.pipeline import ExportOptions, export
 from tests.checkpoints import KINDS, make_checkpoint, rewrite_config_as_released
 
@@ -132,7 +135,11 @@ VARIANTS: dict[str, Callable[[Path], None]] = {
     "other-tokens": _other_tokens,
 }
 CASES = [*KINDS, *VARIANTS]
-EQUAL = [case for case in CASES if case != "shared-kv"]
+BOTH_TYPES = [*KINDS, "other-tokens"]  # the other variants differ in names and keys only
+CONVERSIONS = [
+    (case, qtype) for case in CASES for qtype in (TYPES if case in BOTH_TYPES else ["BF16"])
+]
+EQUAL = [conversion for conversion in CONVERSIONS if conversion[0] != "shared-kv"]
 
 
 @pytest.fixture(scope="session")
@@ -151,9 +158,14 @@ def converted(folder: Path, llama_cpp: Any, tmp_path_factory: pytest.TempPathFac
     """What the pinned converter makes of every case: `<case>-<type>.gguf`."""
     out = tmp_path_factory.mktemp("converted")
     jobs = [
-        [str(folder / case), "--outfile", str(out / f"{case}-{qtype}.gguf"), "--outtype", outtype]
-        for case in CASES
-        for qtype, outtype in zip(TYPES, ("f32", "bf16"), strict=True)
+        [
+            str(folder / case),
+            "--outfile",
+            str(out / f"{case}-{qtype}.gguf"),
+            "--outtype",
+            qtype.lower(),
+        ]
+        for case, qtype in CONVERSIONS
     ]
     command = [sys.executable, "-c", DRIVER, str(llama_cpp.source), json.dumps(jobs)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -189,8 +201,7 @@ def _ours(source: Path, target: Path, preset: str) -> gguf.GGUFReader:
     return gguf.GGUFReader(target)
 
 
-@pytest.mark.parametrize("preset", TYPES)
-@pytest.mark.parametrize("case", EQUAL)
+@pytest.mark.parametrize(("case", "preset"), EQUAL)
 def test_export_is_what_the_converter_writes(
     case: str, preset: str, folder: Path, converted: Path, tmp_path: Path
 ) -> None:
@@ -269,3 +280,96 @@ def test_the_converter_calls_qwen_tokenizers_qwen2(llama_cpp: Any) -> None:
         if "# ref: https://huggingface.co/Qwen/Qwen3-" in lines[number]
     }
     assert named == {"Qwen3-Embedding-0.6B": 'res = "qwen2"'}
+
+
+# --- special tokens, against the pinned gguf-py ----------------------------------------------
+
+
+def _special(text: str) -> dict[str, Any]:
+    return {"SpecialToken": {"id": text, "type_id": 0}}
+
+
+def _template(single: str, pair: str) -> dict[str, Any]:
+    """A `TemplateProcessing` from "<bos> A <eos>": capital letters are the sequences."""
+
+    def items(text: str) -> list[dict[str, Any]]:
+        return [
+            {"Sequence": {"id": part, "type_id": 0}} if part in "AB" else _special(part)
+            for part in text.split()
+        ]
+
+    return {"type": "TemplateProcessing", "single": items(single), "pair": items(pair)}
+
+
+NAMES = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": {"content": "<pad>"}}
+BYTE_LEVEL = {"type": "ByteLevel"}
+POST_PROCESSORS: list[dict[str, Any] | None] = [
+    None,
+    BYTE_LEVEL,
+    _template("A", "A B"),
+    _template("<bos> A", "<bos> A B"),
+    _template("<bos> A", "<bos> A <bos> B"),
+    _template("A <eos>", "A <eos> B <eos>"),
+    _template("<bos> A <eos>", "<bos> A <eos> B <eos>"),
+    _template("<bos> A <sep>", "<bos> A <sep> B <sep>"),
+    _template("<bos> A", "<bos> A <eos> B"),
+    _template("<bos> A", "<bos> A <eos> <eos> B"),
+    _template("<bos> A", "<bos> A <sep> <eos> B"),
+    _template("<cls> A <sep>", "<cls> A <sep> B <sep>"),
+    {"type": "Sequence", "processors": [BYTE_LEVEL, _template("<bos> A", "<bos> A <bos> B")]},
+]
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    NAMES,
+    {**NAMES, "add_bos_token": False, "add_eos_token": True, "sep_token": "<sep>"},
+    {"cls_token": "<cls>", "sep_token": "<sep>", "add_bos_token": True},
+    {"eos_token": "<eos>", "unk_token": None, "mask_token": "<nowhere>"},
+]
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {
+        "bos_token_id": 5,
+        "eos_token_id": [1, 2],
+        "text_config": {"eos_token_id": 7, "pad_token_id": 8},
+    },
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=["no-ids", "ids"])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("post_processor", POST_PROCESSORS)
+def test_special_tokens_are_what_the_pinned_gguf_finds(
+    post_processor: dict[str, Any] | None,
+    settings: dict[str, Any],
+    config: dict[str, Any],
+    llama_cpp: Any,
+    tmp_path: Path,
+) -> None:
+    texts = ("<pad>", "<eos>", "<bos>", "<sep>", "<cls>", "<eos>")
+    tokenizer = {
+        "added_tokens": [{"id": 10 + n, "content": text} for n, text in enumerate(texts)],
+        "post_processor": post_processor,
+        "model": {"merges": []},
+    }
+    for name, value in (
+        ("tokenizer", tokenizer),
+        ("tokenizer_config", settings),
+        ("config", config),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    theirs = _pinned_vocab(llama_cpp.source).SpecialVocab(tmp_path)
+    ours = special_tokens(tokenizer, settings, config)
+    assert ours.ids == theirs.special_token_ids
+    assert ours.added == theirs.add_special_token
+
+
+@functools.cache
+def _pinned_vocab(source: Path) -> Any:
+    """The pinned gguf-py's `vocab` module, inside the installed package."""
+    path = source / "gguf-py" / "gguf" / "vocab.py"
+    spec = importlib.util.spec_from_file_location("gguf.pinned_vocab", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,152 @@
+"""Our imatrix against llama-imatrix's on the same tokens, and llama.cpp's tools reading ours.
+
+llama-imatrix runs on the F32 file that moequant exports, with F32 keys and values and without
+flash attention, so that only the order of sums differs (and, for Gemma, ggml's GELU table in F16).
+Its text is one line: there the tokenizers of the random checkpoints agree with llama.cpp's.
+"""
+
+import functools
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moequant.architectures import describe
+from moequant.calibrate import CalibrationOptions, Imatrix, calibrate
+from moequant.checkpoint import Checkpoint, open_checkpoint
+from moequant.evaluate import perplexity, text_windows
+from moequant.pipeline import ExportOptions, export
+from moequant.runtime.llama_cpp import LlamaCpp
+from tests.calibrate.models import ONE_LINE, folder
+from tests.checkpoints import KINDS
+
+pytestmark = pytest.mark.llama_cpp
+
+LENGTH = 128
+KEPT = tempfile.TemporaryDirectory()
+EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-ngl", "0", "-t", "2")
+
+
+def run(llama_cpp: LlamaCpp, tool: str, *arguments: object) -> str:
+    command = [str(llama_cpp.tool(tool)), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    return done.stdout + done.stderr
+
+
+@functools.cache
+def f32_file(checkpoint_folder: Path) -> Path:
+    path = Path(KEPT.name) / f"{checkpoint_folder.name}.gguf"
+    options = ExportOptions(preset="F32", calibration=None)
+    export(open_checkpoint(checkpoint_folder), path, options)
+    return path
+
+
+@functools.cache
+def text(copies: int) -> Path:
+    """One line of some 400 to 500 tokens for each copy."""
+    path = Path(KEPT.name) / f"{copies}.txt"
+    path.write_text(" ".join(f"{n}. {ONE_LINE}" for n in range(copies)))
+    return path
+
+
+def options(text: Path, **others: object) -> CalibrationOptions:
+    return CalibrationOptions(texts=(text,), sequence_length=LENGTH, **others)
+
+
+@functools.cache
+def ours(checkpoint_folder: Path, text: Path) -> Imatrix:
+    checkpoint = open_checkpoint(checkpoint_folder)
+    return calibrate(checkpoint, describe(checkpoint), options(text, process_output=True))
+
+
+def theirs(llama_cpp: LlamaCpp, checkpoint_folder: Path, text: Path) -> Imatrix:
+    path = Path(KEPT.name) / f"{checkpoint_folder.name}.imatrix.gguf"
+    run(
+        llama_cpp, "llama-imatrix", "-m", f32_file(checkpoint_folder), "-f", text, "-o", path,
+        "-c", LENGTH, "-b", LENGTH, "--no-ppl", "--process-output", *EXACT,
+    )  # fmt: skip
+    return Imatrix.read(path)
+
+
+def compare(ours: Imatrix, theirs: Imatrix) -> None:
+    """Every tensor and expert: sums within 0.5 %, counts within 1 % (ties may flip a token)."""
+    assert (ours.chunk_count, ours.chunk_size) == (theirs.chunk_count, theirs.chunk_size)
+    tied_output = {"token_embd.weight"}  # which llama-imatrix, unlike us, has no entry for
+    assert ours.entries.keys() - tied_output == theirs.entries.keys() - tied_output
+    for name, entry in theirs.entries.items():
+        found = ours.entries[name]
+        assert found.in_sum2.shape == entry.in_sum2.shape, name
+        np.testing.assert_allclose(found.counts, entry.counts, rtol=0.01, err_msg=name)
+        apart = np.abs(found.in_sum2 - entry.in_sum2).sum(1) / entry.in_sum2.sum(1)
+        assert apart.max() < 0.005, (name, apart)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sums_and_counts_are_llama_imatrix_s(kind: str, llama_cpp: LlamaCpp) -> None:
+    """Enough tokens that one flipped route stays under half a percent of an expert's."""
+    source = text(6 if "moe" in kind or "additive" in kind else 2)
+    found, expected = ours(folder(kind), source), theirs(llama_cpp, folder(kind), source)
+    compare(found, expected)
+    if "moe" in kind or "additive" in kind:
+        routed = [e.counts for n, e in expected.entries.items() if "_exps" in n]
+        assert len({tuple(counts) for counts in routed}) > 1  # layers route differently
+        assert min(counts.min() for counts in routed) > 0
+
+
+def test_the_trained_model_agrees_too(llama_cpp: LlamaCpp, tiny_model: Path) -> None:
+    """A real, trained additive MoE: what is compared above holds outside of random weights."""
+    source = Path(KEPT.name) / "held-out.txt"
+    source.write_text(" ".join((tiny_model / "held-out.txt").read_text()[:12000].split()))
+    compare(ours(tiny_model, source), theirs(llama_cpp, tiny_model, source))
+
+
+@pytest.mark.parametrize("kind", ["gemma4-additive", "qwen3-moe"])
+def test_llama_quantize_takes_ours(kind: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """All entries, none of the tensors beside them; the same bytes as from llama-imatrix's file,
+    where both have the same numbers."""
+    imatrix = ours(folder(kind), text(6))
+    imatrix.write(tmp_path / "ours.gguf")
+    told = run(
+        llama_cpp, "llama-quantize", "--imatrix", tmp_path / "ours.gguf",
+        f32_file(folder(kind)), tmp_path / "q.gguf", "Q4_K_M", 1,
+    )  # fmt: skip
+    entries = re.search(r"have (\d+) importance matrix entries", told)
+    assert entries is not None and int(entries[1]) == len(imatrix.entries)
+    assert f"computed on {imatrix.chunk_count} chunks" in told
+    assert (tmp_path / "q.gguf").stat().st_size > 0
+
+
+def test_llama_imatrix_takes_ours(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
+    """It reads our file and writes the same sums again."""
+    imatrix = ours(folder("gemma4-additive"), text(6))
+    imatrix.write(tmp_path / "ours.gguf")
+    model = f32_file(folder("gemma4-additive"))
+    run(
+        llama_cpp, "llama-imatrix", "-m", model, "--in-file", tmp_path / "ours.gguf",
+        "-o", tmp_path / "again.gguf", "-c", LENGTH, "-b", LENGTH, "-ngl", "0",
+    )  # fmt: skip
+    again = Imatrix.read(tmp_path / "again.gguf")
+    assert again.entries.keys() == imatrix.entries.keys()
+    for name, entry in imatrix.entries.items():
+        np.testing.assert_array_equal(again.entries[name].in_sum2, entry.in_sum2)
+        np.testing.assert_array_equal(again.entries[name].counts, entry.counts)
+
+
+@pytest.mark.parametrize("kind", ["gemma4-ple", "gemma4-additive", "qwen3-moe"])
+def test_perplexity_is_llama_perplexity_s(kind: str, llama_cpp: LlamaCpp) -> None:
+    """Random weights are chaotic where routes flip, yet far inside 0.5 % of log-likelihood."""
+    checkpoint: Checkpoint = open_checkpoint(folder(kind))
+    windows = text_windows(checkpoint.path, text(2), LENGTH)
+    found = perplexity(checkpoint, describe(checkpoint), windows)
+    told = run(
+        llama_cpp, "llama-perplexity", "-m", f32_file(folder(kind)), "-f", text(2),
+        "-c", LENGTH, "-b", LENGTH, *EXACT,
+    )  # fmt: skip
+    final = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", told)
+    assert final is not None
+    assert found.ppl == pytest.approx(float(final[1]), rel=0.005)
+    assert found.stderr == pytest.approx(float(final[2]), rel=0.005)
