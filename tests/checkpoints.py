@@ -21,7 +21,7 @@ from tokenizers.trainers import BpeTrainer
 
 HIDDEN = 256
 
-TEXT = """The mill stood where the river bent, and for two hundred years it ground the valley's oats
+TEXT = """The mill stood where the river bent, and for two centuries it ground the valley's corn.
 When the last miller left, the wheel kept turning for a week, because nobody had thought to close
 the sluice. "It knows its work," said the old woman at number 7, "and it asks for no wages."
 In 1931 the county bought the building for 450 pounds; by 1984 the roof had gone.

@@ -84,7 +84,9 @@ def _pack(
     step = max(1, CHUNK_VALUES // cols)
     for index in range(spec.n_matrices):
         values = spec.load(checkpoint, index if len(spec.shape) == 3 else None)
-        check_finite(", ".join(spec.sources) or spec.name, values)
+        if spec.sources:
+            source = spec.sources[index if len(spec.sources) > 1 else 0]
+            check_finite(source, values, checkpoint.tensors[source].file)
         for rows in values.reshape(-1, cols).split(step):
             row = None if importance is None else importance[index].to(device)
             packed = quantize(rows.to(device, torch.float32), qtype, row)

@@ -121,13 +121,16 @@ def first_largest(values: Tensor) -> Tensor:
 
 
 def through_fp16(x: Tensor) -> Tensor:
-    """Float32 rounded to the nearest fp16, saturated at ±65504 instead of becoming infinite."""
-    return x.clamp(-FP16_MAX, FP16_MAX).half().float()
+    """Float32 rounded to the nearest fp16, saturated at ±65504 instead of becoming infinite.
+
+    Never -0: which zero a maximum returns depends on how torch cut the work.
+    """
+    return x.clamp(-FP16_MAX, FP16_MAX).half().float().add_(0.0)
 
 
 def fp16_field(x: Tensor) -> Tensor:
     """Float32 [n] that fp16 holds exactly, to its little-endian bytes, uint8 [n, 2]."""
-    return x.half().unsqueeze(-1).view(torch.uint8)
+    return (x.half() + 0.0).unsqueeze(-1).view(torch.uint8)
 
 
 def read_fp16(field: Tensor) -> Tensor:

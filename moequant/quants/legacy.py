@@ -21,6 +21,7 @@ from moequant.quants.blocks import (
     as_columns,
     column_sum,
     column_sum_,
+    first_largest,
     fp16_field,
     pack_bits,
     read_fp16,
@@ -31,7 +32,7 @@ from moequant.quants.blocks import (
     to_bytes,
     unpack_bits,
 )
-from moequant.quants.search import Limits, Line, columns_of, explained_by, fit_lines
+from moequant.quants.search import Limits, Line, columns_of, explained_by, fit_lines, step_for
 
 BF16_MAX = torch.finfo(torch.bfloat16).max
 F32_MAX = torch.finfo(torch.float32).max
@@ -162,11 +163,12 @@ def _fit_offset(top: int, x: Tensor, weights: Tensor | None) -> Scales:
 def _polished(line: Line, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Step and offset [n] exchanged for neighbours in fp16 where those explain more."""
     ulps = torch.tensor((0.0, HALF_ULP, -HALF_ULP), device=mean.device).view(3, 1, 1)
-    steps = through_fp16(line.step * (1 + ulps))
-    offsets = through_fp16(line.offset * (1 + ulps.transpose(0, 1)))
-    steps, offsets = (field.broadcast_to(3, 3, -1).flatten(0, 1) for field in (steps, offsets))
-    explained = explained_by(line.table[:3], mean, steps, offsets)
-    choice = explained.argmax(0, keepdim=True)
+    found = line.table[:3].unsqueeze(1)
+    offsets = through_fp16(line.offset * (1 + ulps.squeeze(1)))
+    steps = through_fp16(step_for(found, mean, offsets) * (1 + ulps)).flatten(0, 1)
+    offsets = offsets.repeat(3, 1)
+    explained = explained_by(found, mean, steps, offsets)
+    choice = first_largest(explained).unsqueeze(0)
     return steps.gather(0, choice)[0], offsets.gather(0, choice)[0]
 
 

@@ -93,7 +93,7 @@ def _iq4_codes(x: Tensor, scales: Scales) -> Tensor:
 
 
 def _fit_iq4_nl(x: Tensor, weights: Tensor | None) -> Scales:
-    step = best_stored_steps(Groups(x, weights, 1, _iq4_nearest), _PEAKS_NL).t()
+    step = best_stored_steps(Groups(x, weights, 1, _iq4_nearest), _PEAKS_NL, 6).t()
     return Scales(step, None, (step,))
 
 
@@ -162,10 +162,12 @@ def _coarser_saves(v: Tensor, weights: Tensor | None) -> Tensor:
     same in any order, and `sum` may be used.
     """
     saved = (v - 1).abs_().sub_(0.5).abs_().clamp_(max=0.25)
-    saved.add_(v.clamp_(min=7), alpha=4).sub_(28.25)
-    if weights is not None:
-        saved *= weights
-    return saved.add_(CUT).sub_(CUT).sum(1)
+    saved.add_(v.clamp_(min=7), alpha=4)
+    if weights is None:
+        saved.add_(CUT - 28.25)
+    else:
+        saved.sub_(28.25).mul_(weights).add_(CUT)
+    return saved.sub_(CUT).sum(1)
 
 
 def _round_mxfp4(x: Tensor, scales: Scales) -> Tensor:

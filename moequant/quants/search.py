@@ -30,6 +30,7 @@ from moequant.quants.blocks import (
 
 # Taken off a variance of levels, which below them is that of one level and rounding noise.
 VARIANCE_FLOOR = 1e-9  # in steps²
+TINY_RANGE = 1e-30  # far below what fp16 scales reach; keeps inverses finite
 INDIFFERENT = 1e-6  # relative difference of what two lines explain: about float32's
 NOISE = 1e-6  # of the square of how far the mean level is from where the mean of x falls
 TINY_WEIGHT = 1e-6  # of the heaviest group's weight: what every group counts at least
@@ -144,15 +145,21 @@ def lines_through(found: Tensor, mean: Tensor, limits: Limits) -> tuple[Tensor, 
     step = (covariance * safe_inverse(variance)).clamp_(min=0)
     offset = mean - step * level_mean
     if limits.nonpositive:
-        along = covariance + mean * level_mean
-        square = (variance + level_mean * level_mean).sub_(VARIANCE_FLOOR).clamp_(min=0)
-        steeper = (along * safe_inverse(square)).clamp_(min=0)
+        steeper = step_for(found, mean, torch.zeros_like(mean))
         step = torch.where(offset > 0, steeper, step)
         offset.clamp_(max=0)
     if limits.fp16:
-        step = through_fp16(step)
-        offset = through_fp16(mean - step * level_mean)
+        offset = through_fp16(offset)
+        step = through_fp16(step_for(found, mean, offset))
     return step, offset
+
+
+def step_for(found: Tensor, mean: Tensor, offset: Tensor) -> Tensor:
+    """The best step >= 0 when the offset is given, for moments [3, ..., N] of the levels."""
+    level_mean, variance, covariance = found
+    along = covariance + (mean - offset) * level_mean
+    square = (variance + level_mean * level_mean).sub_(VARIANCE_FLOOR).clamp_(min=0)
+    return (along * safe_inverse(square)).clamp_(min=0)
 
 
 def fit_lines(
@@ -168,7 +175,7 @@ def fit_lines(
     low, high = columns.centred.amin(0), columns.centred.amax(0)
     if limits.nonpositive:
         low = torch.minimum(low, -mean)
-    inverse = safe_inverse(high - low)
+    inverse = safe_inverse((high - low).clamp_(min=TINY_RANGE))
     found = []
     for stretch in stretches:
         wide = inverse * (limits.top + stretch)

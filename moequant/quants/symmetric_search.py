@@ -120,20 +120,18 @@ def best_steps(groups: Groups, peaks: Sequence[float]) -> tuple[Tensor, Tensor]:
     return torch.lerp(peak / peaks[0], step, (curvature > 0).float()), curvature
 
 
-def best_stored_steps(groups: Groups, peaks: Sequence[float]) -> Tensor:
+def best_stored_steps(groups: Groups, peaks: Sequence[float], finals: int) -> Tensor:
     """Each group's best step by itself, as fp16 stores it: float32 [groups, n].
 
-    As `best_steps`, but the trials compete on their true error after all rounding.
+    As `best_steps`, for every `finals`-th part of the peaks; the winners then compete on their
+    true error, after all rounding.
     """
-    peak = groups.peak()
-    inverse = _inverse(peak)
-    steps, errors = [], []
-    for level in peaks:
-        a, b = groups.sums((inverse * level)[None])
-        fitted = (a / b.clamp_min(TINY))[0]
-        steps.append(through_fp16(torch.lerp(peak / level, fitted, (b[0] > 0).float())))
-        errors.append(groups.error(steps[-1]))
-    return _choose(-torch.stack(errors), torch.stack(steps))[0]
+    parts = [
+        peaks[len(peaks) * i // finals : len(peaks) * (i + 1) // finals] for i in range(finals)
+    ]
+    steps = torch.stack([through_fp16(best_steps(groups, part)[0]) for part in parts])
+    errors = torch.stack([groups.error(step) for step in steps])
+    return _choose(-errors, steps)[0]
 
 
 def split_steps(
