@@ -5,9 +5,8 @@ The pipeline, top to bottom (`make`):
 1. gather text from Debian packages (`tiny_corpus.py`) and train a tokenizer on it
    (`tiny_tokenizer.py`);
 2. train a dense `Gemma4ForCausalLM`;
-3. mutate it: every layer keeps its MLP and gets a router and experts beside it, which start as
-   slices of that MLP behind a small norm, so that the mutated model starts close to the dense one;
-4. train on, with a load-balancing loss;
+3. mutate it: every layer keeps its MLP and gets a router and experts beside it;
+4. train these, with a load-balancing loss;
 5. save as bf16 safetensors and measure the saved file on the held-out text, once as it is and
    once with the experts' branch zeroed.
 
@@ -130,21 +129,19 @@ def make_dense() -> Gemma4ForCausalLM:
 
 
 def mutate(dense: Gemma4ForCausalLM) -> Gemma4ForCausalLM:
-    """Add a router and experts beside the MLP of every layer of `dense`.
+    """Add a router and random experts beside the MLP of every layer of `dense`.
 
-    An expert starts as a random slice of the MLP's neurons, reads what the MLP reads, and its
-    branch starts at half of the MLP's size (`post_feedforward_layernorm_2`).
+    The experts read what the MLP reads, and their branch starts at half of the MLP's size
+    (`post_feedforward_layernorm_2`). The matrices of the dense layers are frozen, so that what is
+    still to be learnt is learnt by the experts; embedding and norms go on learning.
     """
     model = Gemma4ForCausalLM(shape(moe=True))
     model.load_state_dict(dense.state_dict(), strict=False)
-    width = model.config.moe_intermediate_size
-    with torch.no_grad():
-        for layer in model.model.layers:
-            for e in range(model.config.num_experts):
-                rows = torch.randperm(model.config.intermediate_size)[:width]
-                gate, up = layer.mlp.gate_proj.weight[rows], layer.mlp.up_proj.weight[rows]
-                layer.experts.gate_up_proj[e] = torch.cat([gate, up])
-                layer.experts.down_proj[e] = layer.mlp.down_proj.weight[:, rows]
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for p in block.parameters():
+                p.requires_grad_(p.ndim < 2)
+        with torch.no_grad():
             before = layer.pre_feedforward_layernorm.weight
             layer.pre_feedforward_layernorm_2.weight.copy_(before)
             layer.post_feedforward_layernorm_2.weight.fill_(0.5)
@@ -157,17 +154,23 @@ def sorted_experts(module: nn.Module, x: Tensor, chosen: Tensor, weights: Tensor
 
     x: (tokens, hidden); chosen, weights: (tokens, top_k). Unlike the default loop it takes the
     stacked parameters apart once, so that the backward pass does not fill a whole stack of zeros
-    per expert.
+    per expert; and it fills every expert's rows up to a multiple of 64 (with token 0, whose
+    results there are not used), because oneDNN compiles a kernel for every new number of rows.
     """
-    order = chosen.flatten().argsort()
+    expert, order = chosen.flatten().sort(stable=True)
     tokens = order // chosen.shape[1]
-    counts = chosen.flatten().bincount(minlength=module.num_experts).tolist()
+    counts = expert.bincount(minlength=module.num_experts)
+    filled = (counts + 63) // 64 * 64
+    shift = (filled.cumsum(0) - filled) - (counts.cumsum(0) - counts)
+    place = torch.arange(len(order)) + shift[expert]
+    source = torch.zeros(int(filled.sum()), dtype=torch.long)
+    source[place] = tokens
     outputs = []
     stacks = (module.gate_up_proj.unbind(0), module.down_proj.unbind(0))
-    for rows, gate_up, down in zip(x[tokens].split(counts), *stacks, strict=True):
+    for rows, gate_up, down in zip(x[source].split(filled.tolist()), *stacks, strict=True):
         gate, up = F.linear(rows, gate_up).chunk(2, dim=-1)
         outputs.append(F.linear(module.act_fn(gate) * up, down))
-    routed = torch.cat(outputs) * weights.flatten()[order, None]
+    routed = torch.cat(outputs)[place] * weights.flatten()[order, None]
     return torch.zeros_like(x).index_add_(0, tokens, routed.to(x.dtype))
 
 
@@ -210,8 +213,9 @@ def make_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
     matrices: list[Tensor] = []
     rest: list[Tensor] = []
     for name, p in model.named_parameters():
-        is_matrix = p.ndim >= 2 and "embed" not in name and "router" not in name
-        (matrices if is_matrix else rest).append(p)
+        if p.requires_grad:
+            is_matrix = p.ndim >= 2 and "embed" not in name and "router" not in name
+            (matrices if is_matrix else rest).append(p)
     return [Muon(matrices, lr), torch.optim.Adam(rest, lr / 8, betas=(0.9, 0.95))]
 
 
@@ -267,6 +271,7 @@ def train(
 ) -> Gemma4ForCausalLM:
     """Train `model` through `phase`, in place; every 5 minutes a checkpoint, and `save(model)`."""
     optimizers = make_optimizers(model, phase.lr)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     routing = watch_routing(model)
     path = work / f"{phase.name}.pt"
     step, spent = resume(path, model, optimizers)
@@ -278,7 +283,7 @@ def train(
         progress = max(step / phase.steps, (time.time() - started) / 60 / phase.minutes)
         if progress >= 1:
             break
-        for optimizer, base in zip(optimizers, (phase.lr, phase.lr / 8), strict=True):
+        for optimizer, base in zip(optimizers, rates, strict=True):
             optimizer.param_groups[0]["lr"] = base * phase.rate(progress)
         routing.clear()
         with torch.autocast("cpu", torch.bfloat16):

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import click
 from rich.console import Console
@@ -19,6 +19,9 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import moequant
 from moequant.errors import MoequantError
+
+if TYPE_CHECKING:
+    from moequant.checkpoint import Checkpoint
 
 F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130  # what a shell reports for a program that SIGINT stopped
@@ -135,15 +138,16 @@ def export(
 ) -> None:
     """Calibrate, quantize and write a GGUF file in one go."""
     from moequant import pipeline, reports
-    from moequant.checkpoint import open_checkpoint
+    from moequant.evaluate.perplexity import text_windows
 
     options = _export_options(arguments)
-    opened = open_checkpoint(checkpoint)
+    opened = _open(checkpoint)
+    windows = None if text is None else text_windows(opened.path, text)
     with _progress(quiet=as_json) as progress:
         result = pipeline.export(opened, output, options, progress)
         fidelity = None
-        if text is not None:
-            fidelity = pipeline.measure_perplexity(result, text, options.device, progress)
+        if windows is not None:
+            fidelity = pipeline.measure_perplexity(result, windows, options.device, progress)
     if as_json:
         _print_json(reports.export_json(result, fidelity))
         return
@@ -175,12 +179,13 @@ def calibrate(checkpoint: str, output: Path, force: bool, as_json: bool, **argum
     from moequant import reports
     from moequant.architectures import describe
     from moequant.calibrate import calibrate as measure
-    from moequant.checkpoint import open_checkpoint
     from moequant.gguf_export.writer import check_target
+    from moequant.pipeline import check_device
 
     options = _chosen_calibration(arguments)
+    check_device(options.device)
     check_target(output, force=force)
-    opened = open_checkpoint(checkpoint)
+    opened = _open(checkpoint)
     model = describe(opened)
     with _progress(quiet=as_json) as progress:
         imatrix = measure(opened, model, options, progress)
@@ -205,13 +210,12 @@ def plan(
     """Write the type of every tensor to a JSON file; edit it and give it to `export --plan`."""
     from moequant import reports
     from moequant.architectures import describe
-    from moequant.checkpoint import open_checkpoint
     from moequant.gguf_export.writer import check_target
     from moequant.pipeline import base_type
     from moequant.plan import preset_plan
 
     check_target(output, force=force)
-    opened = open_checkpoint(checkpoint)
+    opened = _open(checkpoint)
     base = base_type(opened)
     made = preset_plan(preset, describe(opened), has_imatrix=not no_imatrix, base=base)
     made.write(output)
@@ -249,6 +253,16 @@ def inspect(path: str, as_json: bool) -> None:
         return
     for table in reports.inspection_tables(found):
         out.print(table)
+
+
+def _open(checkpoint: str) -> "Checkpoint":
+    """The checkpoint, opened; what was passed over in opening it goes to stderr."""
+    from moequant.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(checkpoint)
+    for note in opened.notes:
+        err.print(note, style="yellow", markup=False)
+    return opened
 
 
 def _print_json(data: Any) -> None:

@@ -13,10 +13,11 @@ import torch
 
 from moequant.architectures import ModelSpec, describe
 from moequant.calibrate import CalibrationOptions, Imatrix, calibrate
+from moequant.calibrate.weights import WeightSource
 from moequant.checkpoint import Checkpoint
 from moequant.errors import UsageError
 from moequant.evaluate.gguf_weights import GGUFWeights
-from moequant.evaluate.perplexity import Perplexity, perplexity, text_windows
+from moequant.evaluate.perplexity import Perplexity, perplexity
 from moequant.gguf_export.metadata import gguf_metadata
 from moequant.gguf_export.model_file import UNWEIGHTED, write_model
 from moequant.gguf_export.provenance import provenance
@@ -65,7 +66,6 @@ class ExportResult:
 class Fidelity:
     """Perplexity on one text: of the checkpoint, and of the file made from it."""
 
-    text: Path
     before: Perplexity
     after: Perplexity
 
@@ -78,6 +78,7 @@ def export(
     Raises:
         MoequantError: anything its stages raise; nothing then stands under `path`.
     """
+    check_device(options.device)
     model = describe(checkpoint)
     plan = make_plan(checkpoint, model, options)
     _check_targets(path, plan, options)
@@ -99,6 +100,18 @@ def export(
         source_bytes=_source_bytes(checkpoint, model),
         unweighted=unweighted,
     )  # fmt: skip
+
+
+def check_device(device: str) -> None:
+    """UsageError unless `device` is cpu, or a cuda device that this machine has."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+        raise UsageError(f"--device {device}: no such kind of device; use cpu, cuda or cuda:N.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"--device {device}: PyTorch sees {torch.cuda.device_count()} CUDA devices here; use "
+            "--device cpu, or a PyTorch that is built for your GPU."
+        )
 
 
 def make_plan(checkpoint: Checkpoint, model: ModelSpec, options: ExportOptions) -> Plan:
@@ -144,21 +157,26 @@ def model_parameters(model: ModelSpec) -> Parameters:
 
 
 def measure_perplexity(
-    result: ExportResult, text: Path, device: str, progress: Progress = lambda *_: None
+    result: ExportResult, windows: torch.Tensor, device: str, progress: Progress = lambda *_: None
 ) -> Fidelity:
-    """Perplexity of the checkpoint and of the file on `text`, by the same streamed forward.
+    """Perplexity of the checkpoint and of the file on `windows`, by the same streamed forward.
 
-    Raises:
-        CalibrationError: the text cannot be read or is shorter than one window.
+    `windows`: token ids (n, length), from `evaluate.perplexity.text_windows`.
     """
-    windows = text_windows(result.checkpoint.path, text)
     weights = GGUFWeights(read_gguf(result.path), result.model)
-    measured = [
-        perplexity(source, result.model, windows, device=device,
-                   progress=lambda _, done, total, stage=stage: progress(stage, done, total))
-        for stage, source in (("before", result.checkpoint), ("after", weights))
-    ]  # fmt: skip
-    return Fidelity(text, measured[0], measured[1])
+    sources: dict[str, WeightSource] = {"before": result.checkpoint, "after": weights}
+    measured = {
+        stage: perplexity(
+            source, result.model, windows, device=device, progress=_named(stage, progress)
+        )
+        for stage, source in sources.items()
+    }
+    return Fidelity(measured["before"], measured["after"])
+
+
+def _named(stage: str, progress: Progress) -> Progress:
+    """`progress` with the stage's own name in place of what the forward calls its parts."""
+    return lambda _, done, total: progress(f"perplexity {stage}", done, total)
 
 
 def _unweighted(plan: Plan, imatrix: Imatrix | None) -> tuple[str, ...]:

@@ -77,7 +77,6 @@ def export_json(result: "ExportResult", fidelity: "Fidelity | None") -> dict[str
         data["thin_experts"] = [str(expert) for expert in result.imatrix.thin_experts()]
     if fidelity is not None:
         data["perplexity"] = {
-            "text": str(fidelity.text),
             "before": {"ppl": fidelity.before.ppl, "stderr": fidelity.before.stderr},
             "after": {"ppl": fidelity.after.ppl, "stderr": fidelity.after.stderr},
             "tokens": fidelity.before.tokens,

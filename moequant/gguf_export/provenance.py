@@ -48,7 +48,7 @@ def _calibration(imatrix: Imatrix) -> list[MetadataEntry]:
     """What the imatrix says of itself, and each expert's share of its layer's routed tokens."""
     entries = [
         MetadataEntry(key, value, VALUE_TYPES[type(value)])
-        for key, value in imatrix.metadata.items()
+        for key, value in sorted(imatrix.metadata.items())
         if key.startswith("moequant.calibration.")
     ]
     shares = imatrix.routed_share()

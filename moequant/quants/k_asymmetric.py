@@ -46,7 +46,7 @@ from moequant.quants.search import (
 
 SUPERBLOCK = 256
 STRETCHES = (0.0, -1.8, -1.2, -0.8, -0.4, 0.4, 0.8)  # spans to try, in steps beyond `top`
-REFINEMENTS = 1
+REFINEMENTS = 3
 MOVES = ((1, 1), (-1, -1))  # of (scale, min): a wider step wants a deeper offset
 
 
@@ -90,7 +90,8 @@ class Fitted:
 
 def _per_group(values: Tensor, groups: int) -> Tensor:
     """[..., n*g], as columns hold groups, to [..., g, n]."""
-    return values.unflatten(-1, (-1, groups)).transpose(-1, -2).contiguous()
+    shape = (*values.shape[:-1], -1, groups)
+    return values.view(shape).transpose(-1, -2).contiguous()
 
 
 def _per_column(values: Tensor) -> Tensor:

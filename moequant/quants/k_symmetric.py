@@ -36,11 +36,6 @@ class Search:
     offsets: tuple[int, ...]
 
 
-def _both_signs(start: float, stop: float, count: int) -> tuple[float, ...]:
-    spread = [start + (stop - start) * i / (count - 1) for i in range(count)]
-    return tuple(-p for p in spread) + tuple(spread)
-
-
 @dataclass(frozen=True)
 class _Symmetric:
     """A type whose levels are -top..top-1 and whose multipliers are -most..most-1."""
@@ -124,18 +119,24 @@ def _part(merged: Tensor, count: int, bits: int) -> Tensor:
     return torch.stack([(merged >> (k * bits)) & mask for k in range(count)], -2)
 
 
+# Peaks past the last level are clipped: right where the largest value has little weight. The dense
+# part serves blocks of one sign and nearly one size, whose error has many local minima.
 _Q3_K = _Symmetric(
     top=4,
     most=32,
     plain=Search((-4.4, -3.7, 3.9), (-32,), (0, -1)),
-    weighted=Search(_both_signs(4.9, 2.5, 6), tuple(range(-32, -23)), (0, -1, 1)),
+    weighted=Search(
+        (-4.9, -4.4, -4.2, -4.0, -3.8, -3.6, -3.0, 4.4, 3.9, 3.6, 3.4, 3.2, 3.0, 2.5),
+        tuple(range(-32, -23)),
+        (0, -1, 1),
+    ),
 )
-# Beyond 32 the largest value is clipped: right where it has little weight.
+_PEAKS_Q6_K = (-32, -31.4, -30.8, -30.2, -29.6, -29)
 _Q6_K = _Symmetric(
     top=32,
     most=128,
-    plain=Search((-32, -31, -30, -29), (-128, -127), (0, -1, 1)),
-    weighted=Search((-32, -33.2, -31, -30, -29, -34.5), (-128, -127), (0, -1, 1)),
+    plain=Search(_PEAKS_Q6_K, (-128, -127), (0, -1, 1)),
+    weighted=Search((*_PEAKS_Q6_K, -33.4), (-128, -127), (0, -1, 1)),
 )
 
 # Limits: the largest multiplier and level that exist with both signs.

@@ -40,8 +40,12 @@ IQ4_VALUES = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 8
 MXFP4_VALUES = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 # Levels where the largest value of a group is tried to lie. Both signs: the codebook is lopsided.
-_PEAKS_NL = (*range(-134, -90, 4), *range(126, 88, -4))
-_PEAKS_XS = (-127, -122, -117, -112, -107, -102, -97, 127, 121, 116, 111, 106, 101, 95)
+# They are densest at the ends, for blocks of one sign and nearly one size.
+_PEAKS_NL = (
+    *range(-134, -106, 2), -104, -99, -94,
+    *range(126, 104, -2), 102, 97, 92,
+)  # fmt: skip
+_PEAKS_XS = (*range(-134, -94, 4), *range(128, 90, -4))
 _MULTIPLIERS = (-32, -31, -30, -29, -28)
 _OFFSETS = (0, -1, 1)
 
@@ -93,7 +97,7 @@ def _iq4_codes(x: Tensor, scales: Scales) -> Tensor:
 
 
 def _fit_iq4_nl(x: Tensor, weights: Tensor | None) -> Scales:
-    step = best_stored_steps(Groups(x, weights, 1, _iq4_nearest), _PEAKS_NL, 6).t()
+    step = best_stored_steps(Groups(x, weights, 1, _iq4_nearest), _PEAKS_NL, 4).t()
     return Scales(step, None, (step,))
 
 

@@ -125,7 +125,7 @@ def moments(columns: Columns, inverse: Tensor, shift: Tensor, top: int) -> Tenso
     torch.mul(about, products[:, 0], out=products[:, 1])
     torch.mul(about, columns.weighted, out=products[:, 2])
     sums = column_sum_(products).clone()
-    first, second, _ = sums
+    first, second, _ = sums.unbind(0)
     second.sub_(first * first * (1 + NOISE)).sub_(VARIANCE_FLOOR).clamp_(min=0)
     first.add_(shift)
     return sums
@@ -133,14 +133,14 @@ def moments(columns: Columns, inverse: Tensor, shift: Tensor, top: int) -> Tenso
 
 def explained_by(found: Tensor, mean: Tensor, step: Tensor, offset: Tensor) -> Tensor:
     """What a given step and offset take off the error, for the moments [3, N] of its levels."""
-    level_mean, variance, covariance = found
+    level_mean, variance, covariance = found.unbind(0)
     missed = step * level_mean + offset - mean
     return step * (2 * covariance - step * variance) - missed * missed
 
 
 def lines_through(found: Tensor, mean: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
     """Step and offset by least squares within limits, for moments [3, ..., N] of the levels."""
-    level_mean, variance, covariance = found
+    level_mean, variance, covariance = found.unbind(0)
     # A negative step, from levels that run against the data, gives way to a flat line.
     step = (covariance * safe_inverse(variance)).clamp_(min=0)
     offset = mean - step * level_mean
@@ -156,7 +156,7 @@ def lines_through(found: Tensor, mean: Tensor, limits: Limits) -> tuple[Tensor, 
 
 def step_for(found: Tensor, mean: Tensor, offset: Tensor) -> Tensor:
     """The best step >= 0 when the offset is given, for moments [3, ..., N] of the levels."""
-    level_mean, variance, covariance = found
+    level_mean, variance, covariance = found.unbind(0)
     along = covariance + (mean - offset) * level_mean
     square = (variance + level_mean * level_mean).sub_(VARIANCE_FLOOR).clamp_(min=0)
     return (along * safe_inverse(square)).clamp_(min=0)

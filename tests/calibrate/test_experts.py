@@ -83,9 +83,7 @@ def test_an_expert_may_be_hit_twice_by_a_token_in_different_places() -> None:
 
 
 # Four tokens, three experts, top 1. Expert 2 is never chosen, expert 1 once (token 3).
-PROBABILITIES = torch.tensor(
-    [[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.5, 0.2, 0.3], [0.2, 0.7, 0.1]]
-)
+PROBABILITIES = torch.tensor([[0.6, 0.3, 0.1], [0.5, 0.1, 0.4], [0.5, 0.2, 0.3], [0.2, 0.7, 0.1]])
 ROUTING = Routing(
     PROBABILITIES,
     torch.tensor([[0], [0], [0], [1]]),

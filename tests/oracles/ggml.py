@@ -63,7 +63,7 @@ class Ggml:
     ) -> torch.Tensor:
         """float32 [rows, cols] to uint8 [rows, row_bytes]."""
         if qtype == "F32":  # ggml_quantize_chunk copies it; its assertion on the size differs
-            return x.contiguous().view(torch.uint8)
+            return x.clone().view(torch.uint8)
         rows, cols = x.shape
         source = np.ascontiguousarray(x.numpy())
         out = np.full((rows, QUANT_TYPES[qtype].row_bytes(cols)), 0xFF, dtype=np.uint8)

@@ -9,10 +9,12 @@ import functools
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from moequant.architectures import describe
 from moequant.calibrate import CalibrationOptions, Imatrix, calibrate
@@ -27,7 +29,7 @@ pytestmark = pytest.mark.llama_cpp
 
 LENGTH = 128
 KEPT = tempfile.TemporaryDirectory()
-EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-ngl", "0", "-t", "2")
+EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-ngl", "0", "-t", "1")
 
 
 def run(llama_cpp: LlamaCpp, tool: str, *arguments: object) -> str:
@@ -35,6 +37,14 @@ def run(llama_cpp: LlamaCpp, tool: str, *arguments: object) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     return done.stdout + done.stderr
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -53,14 +63,13 @@ def text(copies: int) -> Path:
     return path
 
 
-def options(text: Path, **others: object) -> CalibrationOptions:
-    return CalibrationOptions(texts=(text,), sequence_length=LENGTH, **others)
-
-
 @functools.cache
 def ours(checkpoint_folder: Path, text: Path) -> Imatrix:
     checkpoint = open_checkpoint(checkpoint_folder)
-    return calibrate(checkpoint, describe(checkpoint), options(text, process_output=True))
+    options = CalibrationOptions(
+        texts=(text,), sequence_length=LENGTH, compute_dtype="float32", process_output=True
+    )
+    return calibrate(checkpoint, describe(checkpoint), options)
 
 
 def theirs(llama_cpp: LlamaCpp, checkpoint_folder: Path, text: Path) -> Imatrix:
@@ -73,42 +82,51 @@ def theirs(llama_cpp: LlamaCpp, checkpoint_folder: Path, text: Path) -> Imatrix:
 
 
 def compare(ours: Imatrix, theirs: Imatrix) -> None:
-    """Every tensor and expert: sums within 0.5 %, counts within 1 % (ties may flip a token)."""
+    """Every tensor and expert: sums within 0.5 %, counts within 1 %.
+
+    Where two experts tie, a token may flip: two tokens' worth in a layer's counts, at most one in
+    500 of its routes, and in the sums of a layer with flips three tokens' worth.
+    """
     assert (ours.chunk_count, ours.chunk_size) == (theirs.chunk_count, theirs.chunk_size)
     tied_output = {"token_embd.weight"}  # which llama-imatrix, unlike us, has no entry for
     assert ours.entries.keys() - tied_output == theirs.entries.keys() - tied_output
     for name, entry in theirs.entries.items():
         found = ours.entries[name]
         assert found.in_sum2.shape == entry.in_sum2.shape, name
-        np.testing.assert_allclose(found.counts, entry.counts, rtol=0.01, err_msg=name)
+        np.testing.assert_allclose(found.counts, entry.counts, rtol=0.01, atol=2, err_msg=name)
+        flips = np.abs(found.counts - entry.counts).sum() / 2
+        assert flips <= entry.counts.sum() / 500, (name, flips)
+        allowed = 0.005 + (3 / entry.counts if flips else 0)
         apart = np.abs(found.in_sum2 - entry.in_sum2).sum(1) / entry.in_sum2.sum(1)
-        assert apart.max() < 0.005, (name, apart)
+        assert (apart < allowed).all(), (name, flips, apart)
+        assert apart.mean() < 0.005, (name, flips, apart)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_and_counts_are_llama_imatrix_s(kind: str, llama_cpp: LlamaCpp) -> None:
-    """Enough tokens that one flipped route stays under half a percent of an expert's."""
-    source = text(6 if "moe" in kind or "additive" in kind else 2)
-    found, expected = ours(folder(kind), source), theirs(llama_cpp, folder(kind), source)
+    found, expected = ours(folder(kind), text(3)), theirs(llama_cpp, folder(kind), text(3))
     compare(found, expected)
     if "moe" in kind or "additive" in kind:
         routed = [e.counts for n, e in expected.entries.items() if "_exps" in n]
         assert len({tuple(counts) for counts in routed}) > 1  # layers route differently
         assert min(counts.min() for counts in routed) > 0
+    if "qwen3" in kind:  # no table in its activation: nothing at all is apart
+        for name, entry in expected.entries.items():
+            np.testing.assert_allclose(found.entries[name].in_sum2, entry.in_sum2, rtol=1e-4)
+            np.testing.assert_array_equal(found.entries[name].counts, entry.counts)
 
 
 def test_the_trained_model_agrees_too(llama_cpp: LlamaCpp, tiny_model: Path) -> None:
     """A real, trained additive MoE: what is compared above holds outside of random weights."""
     source = Path(KEPT.name) / "held-out.txt"
-    source.write_text(" ".join((tiny_model / "held-out.txt").read_text()[:12000].split()))
+    source.write_text(" ".join((tiny_model / "held-out.txt").read_text()[:5000].split()))
     compare(ours(tiny_model, source), theirs(llama_cpp, tiny_model, source))
 
 
 @pytest.mark.parametrize("kind", ["gemma4-additive", "qwen3-moe"])
 def test_llama_quantize_takes_ours(kind: str, llama_cpp: LlamaCpp, tmp_path: Path) -> None:
-    """All entries, none of the tensors beside them; the same bytes as from llama-imatrix's file,
-    where both have the same numbers."""
-    imatrix = ours(folder(kind), text(6))
+    """All entries, none of the tensors beside them."""
+    imatrix = ours(folder(kind), text(3))
     imatrix.write(tmp_path / "ours.gguf")
     told = run(
         llama_cpp, "llama-quantize", "--imatrix", tmp_path / "ours.gguf",
@@ -122,7 +140,7 @@ def test_llama_quantize_takes_ours(kind: str, llama_cpp: LlamaCpp, tmp_path: Pat
 
 def test_llama_imatrix_takes_ours(llama_cpp: LlamaCpp, tmp_path: Path) -> None:
     """It reads our file and writes the same sums again."""
-    imatrix = ours(folder("gemma4-additive"), text(6))
+    imatrix = ours(folder("gemma4-additive"), text(3))
     imatrix.write(tmp_path / "ours.gguf")
     model = f32_file(folder("gemma4-additive"))
     run(

@@ -77,7 +77,9 @@ def test_encode_is_fit_round_pack(name: str, rows: torch.Tensor) -> None:
     if scales.offset is not None:  # what GPTQ relies on: value = step * level + offset
         groups = levels.view(*scales.step.shape, -1)
         values = scales.step.unsqueeze(-1) * groups + scales.offset.unsqueeze(-1)
-        assert torch.equal(values.reshape(ROWS, COLS), dequantize(packed.view(ROWS, -1), name, COLS))
+        assert torch.equal(
+            values.reshape(ROWS, COLS), dequantize(packed.view(ROWS, -1), name, COLS)
+        )
 
 
 @pytest.mark.cuda

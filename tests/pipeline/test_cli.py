@@ -1,0 +1,238 @@
+"""The commands as a user types them: what they print, what they leave, and how they refuse."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from moequant.cli import main
+from moequant.plan import PRESETS
+from tests.checkpoints import make_checkpoint
+
+SHORT = ("--calibration-tokens", "1024", "--sequence-length", "128", "--expert-floor", "8")
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint("gemma4-additive", tmp_path_factory.mktemp("cli") / "tiny")
+
+
+def test_export_prints_fallbacks_sizes_and_perplexity(checkpoint: Path, tmp_path: Path) -> None:
+    path, text = tmp_path / "model.gguf", checkpoint / "README.md"
+    text.write_text("A text that is long enough to be measured. " * 400)
+    result = run("export", checkpoint, "-o", path, *SHORT, "--perplexity", text)
+    assert result.exit_code == 0, result.output
+    assert "ffn_down_exps × 2: Q4_K → Q5_0, +1.00 bits per weight" in result.output
+    for expected in ("bits per weight", "perplexity before", "perplexity after", "token_embd"):
+        assert expected in result.output
+    assert path.is_file()
+
+
+def test_export_json_agrees_with_the_file(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    result = run("export", checkpoint, "-o", path, "--quant", "q5_k_m", *SHORT, "--json")
+    data = json.loads(result.stdout)
+    assert data["file_bytes"] == path.stat().st_size
+    reader = gguf.GGUFReader(path)
+    assert data["bytes"] == sum(int(tensor.n_bytes) for tensor in reader.tensors)
+    assert data["preset"] == "Q5_K_M"
+    assert reader.fields["moequant.plan.preset"].contents() == "Q5_K_M"
+    assert reader.fields["moequant.parameters.total"].contents() == data["parameters"]["total"]
+    shares = reader.fields["moequant.experts.routed_share"].contents()
+    layers = reader.fields["moequant.experts.layers"].contents()
+    assert len(shares) == 16 * len(layers)
+    assert sum(shares) == pytest.approx(len(layers), abs=1e-4)
+
+
+def test_the_stages_one_by_one_give_the_same_file(checkpoint: Path, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole.gguf", tmp_path / "parts.gguf"
+    imatrix, plan = tmp_path / "imatrix.gguf", tmp_path / "plan.json"
+    assert run("export", checkpoint, "-o", whole, *SHORT).exit_code == 0
+    assert run("calibrate", checkpoint, "-o", imatrix, *SHORT).exit_code == 0
+    assert run("plan", checkpoint, "-o", plan).exit_code == 0
+    result = run("export", checkpoint, "-o", parts, "--plan", plan, "--imatrix", imatrix)
+    assert result.exit_code == 0, result.output
+    assert parts.read_bytes() == whole.read_bytes()
+
+
+def test_export_keeps_plan_and_imatrix_if_asked(checkpoint: Path, tmp_path: Path) -> None:
+    kept = (tmp_path / "kept.imatrix.gguf", tmp_path / "kept.json")
+    result = run("export", checkpoint, "-o", tmp_path / "model.gguf", *SHORT,
+                 "--save-imatrix", kept[0], "--save-plan", kept[1])  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(run("inspect", kept[0], "--json").stdout)["kind"] == "imatrix"
+    assert '"Q4_K"' in kept[1].read_text()
+
+
+def test_an_edited_plan_is_followed(checkpoint: Path, tmp_path: Path) -> None:
+    plan, path = tmp_path / "plan.json", tmp_path / "model.gguf"
+    run("plan", checkpoint, "-o", plan)
+    text = plan.read_text()
+    name = "blk.0.attn_q.weight"
+    line = next(line for line in text.splitlines() if f'"{name}"' in line)
+    plan.write_text(text.replace(line, line.replace("Q4_K", "Q3_K")))
+    result = run("export", checkpoint, "-o", path, "--plan", plan, "--no-calibration")
+    assert result.exit_code == 0, result.output
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert types[name] == "Q3_K"
+
+
+def test_inspect_shows_a_checkpoint_a_file_and_an_imatrix(checkpoint: Path, tmp_path: Path) -> None:
+    path, imatrix = tmp_path / "model.gguf", tmp_path / "imatrix.gguf"
+    run("export", checkpoint, "-o", path, *SHORT, "--save-imatrix", imatrix)
+    found = {str(p): json.loads(run("inspect", p, "--json").stdout)
+             for p in (checkpoint, path, imatrix)}  # fmt: skip
+    assert [data["kind"] for data in found.values()] == ["checkpoint", "gguf", "imatrix"]
+    before, after = found[str(checkpoint)], found[str(path)]
+    assert before["parameters"] == after["parameters"]
+    assert before["architecture"] == after["architecture"] == "gemma4"
+    numels = [t.numel() for t in load_file(checkpoint / "model.safetensors").values()]
+    assert before["parameters"]["total"] == sum(numels)
+    for p in found:
+        shown = run("inspect", p)
+        assert shown.exit_code == 0
+        assert "Traceback" not in shown.output
+    assert "experts by routed share" in run("inspect", imatrix).output
+    assert "moequant.source.digest" in run("inspect", path).output
+
+
+def test_inspect_names_what_an_export_leaves_out(tmp_path: Path) -> None:
+    folder = make_checkpoint("gemma4-conditional", tmp_path / "conditional")
+    shown = run("inspect", folder)
+    assert "left out:" in shown.output
+    assert "vision_tower" in shown.output
+    assert "audio_tower" in shown.output
+
+
+def test_presets_lists_every_preset() -> None:
+    data = json.loads(run("presets", "--json").stdout)
+    assert [row["name"] for row in data] == list(PRESETS)
+    assert all(name in run("presets").output for name in PRESETS)
+
+
+def test_every_command_has_help() -> None:
+    for command in ("export", "calibrate", "plan", "inspect", "presets"):
+        result = run(command, "--help")
+        assert result.exit_code == 0
+        assert "Usage:" in result.output
+
+
+def refused(code: int, *arguments: object) -> str:
+    result = run(*arguments)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return result.stderr
+
+
+def test_bad_usage_is_one_message_and_exit_code_2(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    existing = tmp_path / "there.gguf"
+    existing.touch()
+    assert "exists" in refused(2, "export", checkpoint, "-o", existing)
+    assert "Q4_K_M" in refused(2, "export", checkpoint, "-o", path, "--quant", "Q9_Z")
+    assert "exclude each other" in refused(
+        2, "export", checkpoint, "-o", path, "--imatrix", existing, "--no-calibration"
+    )
+    assert "no-such" in refused(2, "export", tmp_path / "no-such", "-o", path)
+    assert "nowhere" in refused(2, "export", checkpoint, "-o", tmp_path / "nowhere" / "m.gguf")
+    assert "there.gguf" in refused(2, "inspect", existing)
+    missing = tmp_path / "missing.txt"
+    assert "missing.txt" in refused(2, "export", checkpoint, "-o", path, "--calibration", missing)
+    assert not path.exists()
+
+
+def test_an_imatrix_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    other = make_checkpoint("qwen3-moe", tmp_path / "other")
+    imatrix, path = tmp_path / "other.imatrix.gguf", tmp_path / "model.gguf"
+    assert run("calibrate", other, "-o", imatrix, *SHORT).exit_code == 0
+    message = refused(2, "export", checkpoint, "-o", path, "--imatrix", imatrix)
+    assert "imatrix" in message
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("calibration", [SHORT, ("--no-calibration",)])
+def test_a_nan_in_a_weight_is_named(tmp_path: Path, calibration: tuple[str, ...]) -> None:
+    folder = make_checkpoint("gemma4-additive", tmp_path / "nan")
+    shard = folder / "model.safetensors"
+    tensors = load_file(shard)
+    name = "model.layers.2.experts.down_proj"
+    tensors[name][3, 1, 4:7] = float("nan")
+    save_file(tensors, shard, {"format": "pt"})
+    path = tmp_path / "model.gguf"
+    message = refused(2, "export", folder, "-o", path, *calibration)
+    assert name in message
+    assert "3 NaN" in message
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_perplexity_text_that_is_too_short_is_refused_before_the_work(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    text, path = tmp_path / "short.txt", tmp_path / "model.gguf"
+    text.write_text("Too short.")
+    message = refused(2, "export", checkpoint, "-o", path, *SHORT, "--perplexity", text)
+    assert "short" in message
+    assert not path.exists()
+
+
+def test_no_calibration_is_run_for_a_preset_that_has_no_use_for_it(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    result = run("export", checkpoint, "-o", tmp_path / "m.gguf", "--quant", "Q8_0", "--json")
+    assert "thin_experts" not in json.loads(result.stdout)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU: nothing to refuse")
+def test_a_device_that_is_not_there_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    message = refused(2, "export", checkpoint, "-o", path, "--device", "cuda")
+    assert "cuda" in message
+    assert "device" in refused(2, "export", checkpoint, "-o", path, "--device", "toaster")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals) -> None:
+    folder = make_checkpoint("gemma4-additive", tmp_path / "model")
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-m", "moequant.cli", "export", str(folder), "-o",
+               str(out / "m.gguf"), "--calibration-tokens", "200000", "--sequence-length", "64",
+               "--save-imatrix", str(out / "i.gguf")]  # fmt: skip
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    _wait_for_torch(process.pid)
+    process.send_signal(sent)
+    _, stderr = process.communicate(timeout=120)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert "Stopped" in stderr
+    assert list(out.iterdir()) == []
+
+
+def _wait_for_torch(pid: int) -> None:
+    """Until the process has loaded torch's library: it is then past start-up and at work."""
+    maps = Path(f"/proc/{pid}/maps")
+    if not maps.exists():
+        time.sleep(15)
+        return
+    for _ in range(600):
+        if "libtorch" in maps.read_text():
+            time.sleep(1)
+            return
+        time.sleep(0.1)
