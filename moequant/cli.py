@@ -5,6 +5,7 @@ stderr, with exit code 2 for bad usage or input and 1 for work that failed; Ctrl
 """
 
 import json
+import os
 import signal
 import sys
 import warnings
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 import moequant
 from moequant.errors import MoequantError
@@ -26,8 +28,11 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130  # what a shell reports for a program that SIGINT stopped
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+LOG_WIDTH = 120  # columns of a table that goes to a file or a pipe
+
+# No markup: names of files and tensors may hold brackets.
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
+err = Console(stderr=True, highlight=False, markup=False)
 
 
 class Commands(click.Group):
@@ -37,8 +42,8 @@ class Commands(click.Group):
         try:
             return super().invoke(ctx)
         except MoequantError as error:
-            err.print(f"[bold red]Error:[/] ", end="")
-            err.print(str(error), markup=False, soft_wrap=True)
+            err.print(Text("Error: ", style="bold red"), end="")
+            err.print(str(error), soft_wrap=True)
             ctx.exit(error.exit_code)
         except (KeyboardInterrupt, click.Abort):
             err.print("\nStopped; nothing half-written was kept.")
@@ -58,6 +63,7 @@ def main() -> None:
     org/name@revision). Memory holds one layer at a time, whatever the model's size.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\b")
 
 
@@ -69,8 +75,8 @@ def _calibration_options(command: F) -> F:
     options = [
         click.option("--calibration", "texts", multiple=True, metavar="PATH",
                      type=click.Path(path_type=Path),
-                     help="Calibration text: a text file, a folder of them, or JSONL with `text` or "
-                     "`messages`. Repeat for more. Default: the built-in corpus."),
+                     help="Calibration text: a text file, a folder of them, or JSONL with `text` "
+                     "or `messages`. Repeat for more. Default: the built-in corpus."),
         click.option("--calibration-tokens", type=click.IntRange(min=1), metavar="N",
                      default=default.tokens, show_default=True,
                      help="Use at most N tokens of the calibration text."),
@@ -123,14 +129,15 @@ _quant = click.option("--quant", "preset", default="Q4_K_M", show_default=True, 
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="PLAN.JSON",
               help="Use this plan's types instead of a preset's.")  # fmt: skip
 @click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path), metavar="FILE",
-              help="Use this imatrix (ours or llama-imatrix's) instead of calibrating.")  # fmt: skip
+              help="Take importance from this imatrix (ours or llama-imatrix's).")  # fmt: skip
 @click.option("--no-calibration", is_flag=True, help="Quantize without importance.")
 @_calibration_options
 @click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
               help="Keep the imatrix, for further exports.")  # fmt: skip
-@click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE", help="Keep the plan.")
+@click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE",
+              help="Keep the plan.")  # fmt: skip
 @click.option("--perplexity", "text", type=click.Path(path_type=Path), metavar="TEXT",
-              help="Afterwards, measure perplexity on TEXT of the checkpoint and of the file.")  # fmt: skip
+              help="Then measure perplexity on TEXT, before and after.")  # fmt: skip
 @_force
 @_json
 def export(
@@ -261,7 +268,7 @@ def _open(checkpoint: str) -> "Checkpoint":
 
     opened = open_checkpoint(checkpoint)
     for note in opened.notes:
-        err.print(note, style="yellow", markup=False)
+        err.print(note, style="yellow", soft_wrap=True)
     return opened
 
 
@@ -271,16 +278,19 @@ def _print_json(data: Any) -> None:
 
 @contextmanager
 def _progress(*, quiet: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar per stage on stderr; nothing where stderr is no terminal or JSON is wanted."""
+    """A bar per stage on stderr; a line per stage where stderr is no terminal; or nothing."""
+    terminal = sys.stderr.isatty()
     bars = Progress(
-        TextColumn("{task.description:>12}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-        TimeRemainingColumn(), console=err, disable=quiet or not sys.stderr.isatty(),
+        TextColumn("{task.description:>17}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
+        TimeRemainingColumn(), console=err, disable=quiet or not terminal,
     )  # fmt: skip
     tasks: dict[str, Any] = {}
 
     def update(stage: str, done: int, total: int) -> None:
         if stage not in tasks:
             tasks[stage] = bars.add_task(stage, total=total)
+            if not (quiet or terminal):
+                err.print(f"{stage} …")
         bars.update(tasks[stage], completed=done, total=total)
 
     with bars:

@@ -134,8 +134,19 @@ def _imatrix(path: Path, file: GGUFFile) -> Inspection:
         for role, group in _by_role(imatrix.entries.items())
     ]
     thin = [str(expert) for expert in imatrix.thin_experts()]
-    return Inspection(str(path), "imatrix", "imatrix", None, 0, 0, rows, imatrix.routed_share(), thin, [],
-                      _readable(file.metadata))  # fmt: skip
+    return Inspection(
+        path=str(path),
+        kind="imatrix",
+        architecture="",
+        parameters=None,
+        dense_bytes=0,
+        expert_bytes=0,
+        roles=rows,
+        routed_share=imatrix.routed_share(),
+        thin_experts=thin,
+        left_out=[],
+        metadata=_readable(file.metadata),
+    )
 
 
 def role_of(name: str) -> str:

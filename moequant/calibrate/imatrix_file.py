@@ -14,9 +14,6 @@ llama-quantize reads the plain sums: no gate weighting, no near misses, and for 
 tokens it takes ones. `Imatrix.importance` has the better numbers.
 """
 
-import contextlib
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +21,8 @@ import gguf
 import numpy as np
 
 from moequant.calibrate.imatrix import Floats, Imatrix, MatrixStatistics
-from moequant.errors import ExportError, GGUFError, ImatrixError, listing
+from moequant.errors import GGUFError, ImatrixError, listing
+from moequant.files import replacing
 from moequant.gguf_file import GGUFFile, is_gguf, read_gguf
 
 _COLUMN_PARTS = ("in_sum2", "gate_in_sum2", "near_miss_in_sum2")
@@ -40,30 +38,9 @@ class _Writer(gguf.GGUFWriter):  # type: ignore[misc]
 
 
 def write_imatrix(imatrix: Imatrix, path: Path) -> None:
-    """Write to a temporary name beside `path`, sync, rename; raises ExportError."""
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = Path(name)
+    """Write the file whole or not at all; raises ExportError."""
+    with replacing(path) as temporary:
         _write(imatrix, temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o666 & ~_umask())
-        temporary.replace(path)
-        temporary = None
-    except OSError as error:
-        raise ExportError(f"{path}: cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _write(imatrix: Imatrix, path: Path) -> None:

@@ -7,11 +7,9 @@ The header (magic, keys, tensor infos) is written by `gguf.GGUFWriter`; the data
 pieces, since that writer wants each tensor whole.
 """
 
-import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,6 +18,7 @@ import gguf
 import numpy as np
 
 from moequant.errors import ExportError, UsageError, listing
+from moequant.files import replacing
 from moequant.gguf_file import read_gguf
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -94,31 +93,6 @@ def write_gguf(
             hashes = [_write_tensor(file, tensor, pieces(tensor)) for tensor in tensors]
             _sync(file)
         _check(temporary, tensors, hashes)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it if the block ends well and removed if not."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise _explained(path, error) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _explained(path: Path, error: OSError) -> ExportError:
-    remedies = {
-        errno.ENOSPC: "free some space or choose another disk",
-        errno.EDQUOT: "the quota is used up; choose another disk",
-        errno.EFBIG: "the file system or a limit does not allow files of this size",
-        errno.EACCES: "choose a folder that can be written to",
-        errno.EROFS: "the file system is read-only; choose another",
-    }
-    remedy = remedies.get(error.errno or 0, "nothing was left under this name")
-    return ExportError(f"{path} was not written: {error.strerror or error} ({remedy}).")
 
 
 def _write_header(

@@ -25,16 +25,14 @@ to the experts that have it ({"Q6_K": [0, 5], "Q3_K": [1, 2, 3, 4]}). Every read
 versions and fields it does not know, so that no plan is half understood.
 """
 
-import contextlib
 import json
-import os
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from moequant.errors import ExportError, PlanError, listing
+from moequant.errors import PlanError, listing
+from moequant.files import replacing
 
 VERSION = 1
 _HEADER = {"preset": str, "architecture": str, "base": str, "imatrix": bool}
@@ -71,20 +69,9 @@ def parse_document(text: str, source: str) -> tuple[dict[str, Any], dict[str, di
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write to a temporary name beside `path`, sync, rename. ExportError if that fails."""
-    temporary = ""
-    try:
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except OSError as error:
-        if temporary:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-        raise ExportError(f"{path}: the plan cannot be written: {error.strerror}.") from error
+    """Write `text` to `path` whole or not at all; ExportError if that fails."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def read_text(path: Path) -> str:

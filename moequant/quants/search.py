@@ -218,7 +218,7 @@ def fit_unit(values: Tensor, weights: Tensor, top: int) -> Tensor:
     top + stretch, each with its unit refitted and rounded to fp16.
     """
     stretches = torch.tensor(UNIT_STRETCHES, device=values.device).view(-1, 1)
-    inverse = (top + stretches) * safe_inverse(values.amax(0))
+    inverse = (top + stretches) * safe_inverse(values.amax(0).clamp_(min=TINY_RANGE))
     values, weights = values.unsqueeze(1), weights.unsqueeze(1)
     integers = (values * inverse).round_().clamp_(0, top)  # [g, candidates, n]
     weighted = weights * integers

@@ -1,7 +1,8 @@
 """Our imatrix against llama-imatrix's on the same tokens, and llama.cpp's tools reading ours.
 
 llama-imatrix runs on the F32 file that moequant exports, with F32 keys and values and without
-flash attention, so that only the order of sums differs (and, for Gemma, ggml's GELU table in F16).
+flash attention, so that only the order of sums differs, and ggml's GELU, which is a table in F16:
+in random weights that flips a route in a thousand, so our side takes ggml's GELU for these.
 Its text is one line: there the tokenizers of the random checkpoints agree with llama.cpp's.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers.activations
 
 from moequant.architectures import describe
 from moequant.calibrate import CalibrationOptions, Imatrix, calibrate
@@ -63,13 +65,23 @@ def text(copies: int) -> Path:
     return path
 
 
+def ggml_gelu(_: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """`ggml_vec_gelu_f32` of ggml-cpu/vec.h: a table from F16 to F16 between -10 and 10."""
+    inside = torch.nn.functional.gelu(x.half().float(), approximate="tanh").half().float()
+    return torch.where(x <= -10, 0.0, torch.where(x >= 10, x, inside))
+
+
 @functools.cache
-def ours(checkpoint_folder: Path, text: Path) -> Imatrix:
+def ours(checkpoint_folder: Path, text: Path, *, like_ggml: bool = True) -> Imatrix:
+    """`like_ggml`: with ggml's GELU, so that what is compared is the statistics."""
     checkpoint = open_checkpoint(checkpoint_folder)
     options = CalibrationOptions(
         texts=(text,), sequence_length=LENGTH, compute_dtype="float32", process_output=True
     )
-    return calibrate(checkpoint, describe(checkpoint), options)
+    with pytest.MonkeyPatch.context() as patch:
+        if like_ggml:
+            patch.setattr(transformers.activations.GELUTanh, "forward", ggml_gelu)
+        return calibrate(checkpoint, describe(checkpoint), options)
 
 
 def theirs(llama_cpp: LlamaCpp, checkpoint_folder: Path, text: Path) -> Imatrix:
@@ -82,24 +94,18 @@ def theirs(llama_cpp: LlamaCpp, checkpoint_folder: Path, text: Path) -> Imatrix:
 
 
 def compare(ours: Imatrix, theirs: Imatrix) -> None:
-    """Every tensor and expert: sums within 0.5 %, counts within 1 %.
-
-    Where two experts tie, a token may flip: two tokens' worth in a layer's counts, at most one in
-    500 of its routes, and in the sums of a layer with flips three tokens' worth.
-    """
+    """Every tensor and expert: sums within 0.5 %, counts within 1 %, one flipped token besides."""
     assert (ours.chunk_count, ours.chunk_size) == (theirs.chunk_count, theirs.chunk_size)
     tied_output = {"token_embd.weight"}  # which llama-imatrix, unlike us, has no entry for
     assert ours.entries.keys() - tied_output == theirs.entries.keys() - tied_output
     for name, entry in theirs.entries.items():
         found = ours.entries[name]
         assert found.in_sum2.shape == entry.in_sum2.shape, name
-        np.testing.assert_allclose(found.counts, entry.counts, rtol=0.01, atol=2, err_msg=name)
-        flips = np.abs(found.counts - entry.counts).sum() / 2
-        assert flips <= entry.counts.sum() / 500, (name, flips)
-        allowed = 0.005 + (3 / entry.counts if flips else 0)
+        np.testing.assert_allclose(found.counts, entry.counts, rtol=0.01, atol=1, err_msg=name)
+        flipped = found.counts != entry.counts
+        allowed = 0.005 + np.where(flipped, 3 / entry.counts, 0)  # a token weighs what it weighs
         apart = np.abs(found.in_sum2 - entry.in_sum2).sum(1) / entry.in_sum2.sum(1)
-        assert (apart < allowed).all(), (name, flips, apart)
-        assert apart.mean() < 0.005, (name, flips, apart)
+        assert (apart < allowed).all(), (name, apart)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -120,7 +126,7 @@ def test_the_trained_model_agrees_too(llama_cpp: LlamaCpp, tiny_model: Path) -> 
     """A real, trained additive MoE: what is compared above holds outside of random weights."""
     source = Path(KEPT.name) / "held-out.txt"
     source.write_text(" ".join((tiny_model / "held-out.txt").read_text()[:5000].split()))
-    compare(ours(tiny_model, source), theirs(llama_cpp, tiny_model, source))
+    compare(ours(tiny_model, source, like_ggml=False), theirs(llama_cpp, tiny_model, source))
 
 
 @pytest.mark.parametrize("kind", ["gemma4-additive", "qwen3-moe"])
@@ -160,11 +166,20 @@ def test_perplexity_is_llama_perplexity_s(kind: str, llama_cpp: LlamaCpp) -> Non
     checkpoint: Checkpoint = open_checkpoint(folder(kind))
     windows = text_windows(checkpoint.path, text(2), LENGTH)
     found = perplexity(checkpoint, describe(checkpoint), windows)
-    told = run(
-        llama_cpp, "llama-perplexity", "-m", f32_file(folder(kind)), "-f", text(2),
-        "-c", LENGTH, "-b", LENGTH, *EXACT,
-    )  # fmt: skip
-    final = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", told)
-    assert final is not None
-    assert found.ppl == pytest.approx(float(final[1]), rel=0.005)
-    assert found.stderr == pytest.approx(float(final[2]), rel=0.005)
+    ppl, stderr = llama_perplexity(llama_cpp, f32_file(folder(kind)), text(2))
+    assert found.ppl == pytest.approx(ppl, rel=0.005)
+    assert found.stderr == pytest.approx(stderr, rel=0.005)
+
+
+def llama_perplexity(llama_cpp: LlamaCpp, model: Path, text: Path) -> tuple[float, float]:
+    """PPL and its error. The tool's logger often loses its last lines at exit on a busy machine,
+    the result among them, with exit code 0; it is asked again then."""
+    for _ in range(20):
+        told = run(
+            llama_cpp, "llama-perplexity", "-m", model, "-f", text,
+            "-c", LENGTH, "-b", LENGTH, *EXACT,
+        )  # fmt: skip
+        final = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", told)
+        if final is not None:
+            return float(final[1]), float(final[2])
+    raise AssertionError(told[-3000:])

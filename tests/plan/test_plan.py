@@ -255,10 +255,10 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     (tmp_path / "binary.json").write_bytes(b"GGUF\xff\xfe")
     with pytest.raises(PlanError, match=r"byte 4 is not UTF-8 text"):
         Plan.read(tmp_path / "binary.json")
-    with pytest.raises(ExportError, match=r"the plan cannot be written: No such file"):
+    with pytest.raises(ExportError, match=r"was not written: No such file"):
         SMALL.write(tmp_path / "nowhere" / "plan.json")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ExportError, match=r"cannot be written"):
+    with pytest.raises(ExportError, match=r"was not written"):
         SMALL.write(tmp_path / "folder")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["binary.json", "folder"]
 

@@ -47,7 +47,8 @@ def test_values_beyond_the_scales_are_refused_and_those_at_the_limit_are_not(nam
     x[0, ::2] = -limit
     decoded = dequantize(quantize(x, name), name, 256)
     assert decoded.isfinite().all()
-    assert ((decoded - x).abs() <= 0.15 * limit).all()
+    # Q3_K's levels -4..3 cannot span both signs evenly, and err by a quarter at one of them.
+    assert ((decoded - x).abs() <= 0.3 * limit).all()
     if limit < 1e38:
         with pytest.raises(ValueError, match=f"{name} holds"):
             quantize(x * 1.01, name)
