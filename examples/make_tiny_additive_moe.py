@@ -10,7 +10,7 @@ The pipeline, top to bottom (`make`):
 5. save as bf16 safetensors and measure the saved file on the held-out text, once as it is and
    once with the experts' branch zeroed.
 
-Rerun:  python examples/make_tiny_additive_moe.py --work /tmp/tiny-additive-moe
+Rerun:  python examples/make_tiny_additive_moe.py --output my-tiny-moe
 Measure only:  python examples/make_tiny_additive_moe.py --evaluate
 
 Each phase writes checkpoints to the work folder and resumes from them.
@@ -409,7 +409,9 @@ def evaluate(folder: Path) -> None:
     """Print both perplexities of the saved bf16 model, and how evenly its experts are used."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.set_experts_implementation("eager")
-    rows = windows((folder / "held-out.txt").read_text(), AutoTokenizer.from_pretrained(folder))
+    rows = windows(
+        (MODEL / "held-out.txt").read_text(encoding="utf-8"), AutoTokenizer.from_pretrained(folder)
+    )
     routing = watch_routing(model)
     whole = perplexity(model, rows)
     use = expert_use(routing, model.config)

@@ -161,13 +161,19 @@ def measure_perplexity(
 ) -> Fidelity:
     """Perplexity of the checkpoint and of the file on `windows`, by the same streamed forward.
 
-    `windows`: token ids (n, length), from `evaluate.perplexity.text_windows`.
+    `windows`: token ids (n, length), from `evaluate.perplexity.text_windows`. Both run in float32,
+    so that nothing but the weights differs.
     """
     weights = GGUFWeights(read_gguf(result.path), result.model)
     sources: dict[str, WeightSource] = {"before": result.checkpoint, "after": weights}
     measured = {
         stage: perplexity(
-            source, result.model, windows, device=device, progress=_named(stage, progress)
+            source,
+            result.model,
+            windows,
+            device=device,
+            dtype=torch.float32,
+            progress=_named(stage, progress),
         )
         for stage, source in sources.items()
     }

@@ -1,8 +1,9 @@
-"""Quantize and dequantize rows: GGUF's block formats, encoded in torch on CPU or CUDA.
+"""Quantize and dequantize rows: GGUF's block formats, on CPU or CUDA.
 
 Owns: the public functions, the checks of what comes in, cutting the work into chunks, threads.
-Leaves out: the layouts (`layout`), what encoders share (`blocks`), and each family's search
-(`legacy`, `k_asymmetric`, `k_symmetric`, `nonlinear`).
+Leaves out: the layouts (`layout`); decoders and encoders in torch, for CUDA (`blocks`, `legacy`,
+`k_asymmetric`, `k_symmetric`, `nonlinear`); the compiled encoders, for the CPU (`compiled`,
+`compiled_*`).
 
 Bytes depend on the values and the importance alone: not on the number of threads, the chunks, or
 which other rows come along.
@@ -12,14 +13,20 @@ import math
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
+from importlib import import_module
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from moequant.quants import k_asymmetric, k_symmetric, legacy, nonlinear
 from moequant.quants.blocks import Codec
 from moequant.quants.layout import QUANT_TYPES, QuantType
+
+if TYPE_CHECKING:
+    from moequant.quants.compiled import Kernel
 
 __all__ = ["CODECS", "QUANT_TYPES", "QuantType", "dequantize", "quantize", "row_bytes"]
 
@@ -32,6 +39,9 @@ CODECS: dict[str, Codec] = {
 
 CPU_CHUNK = 1 << 17  # values: large enough to hide torch's overhead, small enough for the cache
 GPU_CHUNK = 1 << 24
+COMPILED_CHUNK = 1 << 18  # about ten milliseconds: Ctrl-C and idle workers wait no longer
+
+COMPILED_MODULES = ("compiled_k_asymmetric", "compiled_legacy", "compiled_symmetric")
 
 
 def row_bytes(qtype: str, cols: int) -> int:
@@ -46,13 +56,15 @@ def quantize(
     *,
     threads: int | None = None,
     chunk_values: int | None = None,
+    compiled: bool | None = None,
 ) -> Tensor:
     """Encode rows so that sum_j importance_j (x_j - x̂_j)² is small.
 
     x: float32 [rows, cols], finite. importance: float32 [cols], finite, >= 0, one row that serves
     all rows of x (one expert); None counts every column alike. Returns uint8 [rows, row_bytes] on
     x's device. On the CPU `threads` workers share the work (None: all cores); neither it nor
-    `chunk_values` changes a byte.
+    `chunk_values` changes a byte. On the CPU the compiled encoder does it where the type has one;
+    `compiled=False` takes torch, as on CUDA, whose bytes may differ; True insists on compiled.
 
     ValueError: unknown qtype, cols not a multiple of the block size, wrong dtype or shape,
     NaN or Inf, negative importance, or values too large for the type's fp16 scales. (ggml
@@ -64,12 +76,17 @@ def quantize(
     if importance is not None:
         weights = _normalised(_checked_importance(importance, x), layout)
     blocks = x.reshape(-1, layout.block_size)
-
-    def encode(start: int, stop: int) -> Tensor:
-        return codec.encode(blocks[start:stop], _weights_of(weights, codec, start, stop))
-
+    if not codec.weighted:
+        weights = None
     out = torch.empty(len(blocks), layout.type_size, dtype=torch.uint8, device=x.device)
-    _fill(out, encode, _chunk_blocks(layout, x.device, chunk_values), threads)
+    kernel = None if compiled is False or x.is_cuda else kernels().get(qtype)
+    if kernel is not None:
+        _run_kernel(kernel, blocks, weights, out, threads, chunk_values)
+    elif compiled:
+        raise ValueError(f"no compiled encoder of {qtype} on {x.device}")
+    else:
+        chunk = _chunk_blocks(layout, x.device, chunk_values)
+        _fill(out, partial(_encode, codec, blocks, weights), chunk, threads)
     return out.view(x.shape[0], layout.row_bytes(x.shape[1]))
 
 
@@ -93,6 +110,18 @@ def dequantize(data: Tensor, qtype: str, cols: int, *, threads: int | None = Non
 
     _fill(out, decode, _chunk_blocks(layout, data.device, None), threads)
     return out.view(data.shape[0], cols)
+
+
+@cache
+def kernels() -> "dict[str, Kernel]":
+    """Compiled encoders by type. Imports numba, which is why it waits for the first call."""
+    found: dict[str, Kernel] = {}
+    for name in COMPILED_MODULES:
+        try:
+            found.update(import_module(f"moequant.quants.{name}").KERNELS)
+        except ModuleNotFoundError:  # REMOVE once all are there
+            continue
+    return found
 
 
 def _layout(qtype: str) -> QuantType:
@@ -142,11 +171,33 @@ def _normalised(importance: Tensor, layout: QuantType) -> Tensor:
     return torch.ldexp(torch.ldexp(blocks, -half), half - exponent + 1)
 
 
-def _weights_of(weights: Tensor | None, codec: Codec, start: int, stop: int) -> Tensor | None:
-    """Weights of blocks start..stop of x: those of the blocks of one row, again and again."""
-    if weights is None or not codec.weighted:
-        return None
-    return weights[torch.arange(start, stop, device=weights.device) % len(weights)]
+def _encode(codec: Codec, blocks: Tensor, weights: Tensor | None, start: int, stop: int) -> Tensor:
+    """Bytes of blocks start..stop, in torch; weights are those of one row, again and again."""
+    if weights is not None:
+        weights = weights[torch.arange(start, stop, device=weights.device) % len(weights)]
+    return codec.encode(blocks[start:stop], weights)
+
+
+def _run_kernel(
+    kernel: "Kernel",
+    blocks: Tensor,
+    weights: Tensor | None,
+    out: Tensor,
+    threads: int | None,
+    chunk_values: int | None,
+) -> None:
+    """Encode blocks into out, chunk by chunk."""
+    size = blocks.shape[1]
+    # Aligned and contiguous whatever came in: another kind of array would compile another kernel.
+    x = np.require(blocks.detach().numpy(), np.float32, ["C", "A"])
+    importance = np.empty((0, size), np.float32) if weights is None else weights.numpy()
+    importance = np.require(importance, np.float32, ["C", "A"])
+    data = out.numpy()
+
+    def work(start: int, stop: int) -> None:
+        kernel(x[start:stop], importance, start, data[start:stop])
+
+    _share(len(x), max(1, (chunk_values or COMPILED_CHUNK) // size), threads, work)
 
 
 def _chunk_blocks(layout: QuantType, device: torch.device, values: int | None) -> int:
@@ -157,23 +208,37 @@ def _chunk_blocks(layout: QuantType, device: torch.device, values: int | None) -
 
 def _fill(out: Tensor, part: Callable[[int, int], Tensor], chunk: int, threads: int | None) -> None:
     """out[start:stop] = part(start, stop) over all chunks, on several threads if on the CPU."""
-    starts = range(0, len(out), chunk)
 
-    def fill(start: int) -> None:
-        out[start : start + chunk] = part(start, min(start + chunk, len(out)))
+    def work(start: int, stop: int) -> None:
+        out[start:stop] = part(start, stop)
 
-    workers = min(threads or os.cpu_count() or 1, len(starts))
-    if out.device.type != "cpu" or len(starts) < 2:
-        for start in starts:
-            fill(start)
+    if out.device.type != "cpu":
+        _share(len(out), chunk, 1, work)
         return
     # One torch thread per worker: chunks are too small to share among threads. The setting is
     # the worker's own, but also what threads born later start with, hence the last line.
     torch_threads = torch.get_num_threads()
-    one_thread = partial(torch.set_num_threads, 1)
     try:
-        with ThreadPoolExecutor(workers, initializer=one_thread) as pool:
-            for _ in pool.map(fill, starts):
-                pass
+        _share(len(out), chunk, threads, work, partial(torch.set_num_threads, 1))
     finally:
         torch.set_num_threads(torch_threads)
+
+
+def _share(
+    count: int,
+    chunk: int,
+    threads: int | None,
+    work: Callable[[int, int], None],
+    first: Callable[[], None] | None = None,
+) -> None:
+    """work(start, stop) over chunks of `count`; new threads call `first` before they begin."""
+    starts = range(0, count, chunk)
+    workers = min(threads or os.cpu_count() or 1, len(starts))
+    if workers < 2 and (first is None or len(starts) < 2):
+        for start in starts:
+            work(start, min(start + chunk, count))
+        return
+    stops = [min(start + chunk, count) for start in starts]
+    with ThreadPoolExecutor(workers, initializer=first) as pool:
+        for _ in pool.map(work, starts, stops):
+            pass

@@ -1,0 +1,225 @@
+"""Q8_0, Q4_0, Q5_0, Q4_1 and Q5_1 on the CPU, compiled: 32 values with one scale.
+
+Owns: fit, rounding and packing, one kernel per type. Leaves out: decoding and the alternative in
+torch (`legacy`), chunks and threads (`moequant.quants`), F32, F16 and BF16, which torch converts.
+
+Without weights the scale spans the block, as in ggml: the largest magnitude, or the range, ends on
+the last level. Levels are rounded with the scale as fp16 stores it, where ggml rounds with the one
+it had before: per value that is never worse. With weights a search takes 16 blocks at a time, one
+per lane (see `compiled_symmetric`). Its candidates include the levels of every candidate of ggml's
+search; each gets the scale that is best for the weights as given, while ggml's own are multiplied
+by sqrt(sigma² + x²).
+
+Source: block_q8_0, block_q4_0, block_q4_1, block_q5_0, block_q5_1 in ggml-common.h; make_qx_quants
+and make_qkx3_quants in ggml-quants.c.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from moequant.quants.compiled import Kernel, jit, safe_inverse, store_half
+from moequant.quants.compiled_symmetric import (
+    DEPTH,
+    LANES,
+    LARGEST,
+    TILE,
+    TINY,
+    W,
+    WX,
+    best_steps,
+    near_half,
+    near_inverse,
+    nearest,
+    peaks_of,
+    stored_sums,
+)
+
+Floats = NDArray[np.float32]
+Bytes = NDArray[np.uint8]
+Ints = NDArray[np.int64]
+
+SIZE = 32
+TILES = SIZE // DEPTH
+ZERO = np.float32(0)
+ONE = np.float32(1)
+TWO = np.float32(2)
+HALF_ULP = np.float32(0.0007)  # relative: adding it and rounding gives the next fp16
+VARIANCE_FLOOR = np.float32(1e-9)  # in steps²; below it is one level and rounding noise
+NOISE = np.float32(1e-6)  # of the square of how far the mean level is from where the mean of x falls
+
+# Levels where the largest value is tried to lie: ggml's, and some beyond the last one.
+STRETCHES = (0.0, -1.0, *(step / 10 for step in range(-9, 10) if step), 1.2, 1.4)
+PEAKS_Q4_0 = -np.array([8 + stretch for stretch in STRETCHES], dtype=np.float32)
+PEAKS_Q5_0 = -np.array([16 + stretch for stretch in STRETCHES], dtype=np.float32)
+# Steps that the range is tried to span, in levels beyond the last.
+SPANS = np.array(
+    (0.0, -1.8, -1.4, -1.1, *(step / 20 for step in range(-18, 19) if step), 1.2, 1.5, 2),
+    dtype=np.float32,
+)
+REFINEMENTS = 3
+
+
+# Blocks to lanes
+
+
+@jit
+def load_blocks(x: Floats, weights: Floats, first: int, blocks: Ints, lanes: Floats) -> None:
+    """Up to 16 of the blocks of x, and their weights if there are any, to lanes; zeros after."""
+    lanes[:] = ZERO
+    for g in range(len(blocks)):
+        values = x[blocks[g]]
+        for k in range(SIZE):
+            lanes[(k // DEPTH) * TILE + (k % DEPTH) * 16 + g] = values[k]
+        if len(weights) > 0:
+            row = weights[(first + blocks[g]) % len(weights)]
+            for k in range(SIZE):
+                lanes[W + (k // DEPTH) * TILE + (k % DEPTH) * 16 + g] = row[k]
+    for tile in range(TILES):
+        part = lanes[tile * TILE : (tile + 1) * TILE]
+        if len(weights) == 0:
+            part[W:] = ONE
+        for j in range(WX):
+            part[WX + j] = part[W + j] * part[j]
+
+
+# Q4_0, Q5_0: value = d * level, levels -half..half - 1
+
+
+@jit
+def fit_signed(lanes: Floats, peaks: Floats, half: np.float32, d: Floats) -> None:
+    """fp16 d of each lane, by search; the plain rule's where that is no worse."""
+    sums, found = np.empty(48, np.float32), np.empty(48, np.float32)
+    best, trial = np.empty(16, np.float32), np.empty(16, np.float32)
+    best_steps(lanes, peaks, -half, half - ONE, found, sums)
+    best[:] = LARGEST
+    peaks_of(lanes, trial)
+    for g in range(LANES):
+        trial[g] = near_half(trial[g] / -half)
+    for turn in range(REFINEMENTS + 1):
+        stored_sums(lanes, trial, -half, half - ONE, sums)
+        for g in range(LANES):
+            better = sums[g] < best[g]
+            best[g] = sums[g] if better else best[g]
+            d[g] = trial[g] if better else d[g]
+            refit = trial[g] + sums[16 + g] / max(sums[32 + g], TINY)
+            trial[g] = near_half(found[g] if turn == 0 else refit)
+
+
+@jit
+def one_value(value: np.float32, half: np.float32) -> np.float32:
+    """fp16 d of which some level is nearest to the one value of a block."""
+    best, least = ZERO, LARGEST
+    for level in range(1, int(half) + 1):
+        d = near_half(value / -np.float32(level))
+        missed = abs(d * -np.float32(level) - value)
+        best = d if missed < least else best
+        least = min(missed, least)
+    return best
+
+
+@jit
+def round_signed(x: Floats, d: np.float32, half: np.float32, levels: Bytes) -> None:
+    """Levels 0..2 half - 1."""
+    inverse = safe_inverse(d)
+    for k in range(SIZE):
+        levels[k] = np.uint8(np.int32(nearest(x[k] * inverse, -half, half - ONE) + half))
+
+
+@jit
+def pack_levels(levels: Bytes, five: bool, offset: int, out: Bytes) -> None:
+    """High bits [4] if there are five, then low four bits [16], from out[offset] on."""
+    if five:
+        for byte in range(4):
+            bits = 0
+            for k in range(8):
+                bits |= (levels[8 * byte + k] >> 4) << k
+            out[offset + byte] = np.uint8(bits)
+        offset += 4
+    codes = out[offset : offset + 16]
+    for k in range(16):
+        codes[k] = np.uint8((levels[k] & 15) | (levels[16 + k] & 15) << 4)
+
+
+@jit
+def range_of(x: Floats) -> tuple[np.float32, np.float32]:
+    """Least and largest value of a block."""
+    low, high = x[0], x[0]
+    for k in range(SIZE):
+        low = min(low, x[k])
+        high = max(high, x[k])
+    return low, high
+
+
+@jit
+def encode_signed(x: Floats, weights: Floats, first: int, five: bool, peaks: Floats,
+                  out: Bytes) -> None:  # fmt: skip
+    """Q5_0 or Q4_0.
+
+    A block that was quantized before often reaches as far up as down; then one end must give way,
+    or the scale: the plain rule is at its worst where the search may lose nothing at all. Such
+    blocks are searched without weights, too.
+    """
+    half = np.float32(16 if five else 8)
+    searched, count = np.empty(len(x), np.int64), 0
+    levels = np.empty(SIZE, np.uint8)
+    for i in range(len(x)):
+        low, high = range_of(x[i])
+        if low == high:
+            d = one_value(high, half)
+        elif len(weights) > 0 or high == -low:
+            searched[count] = i
+            count += 1
+            continue
+        else:
+            d = near_half((high if high > -low else low) / -half)
+        round_signed(x[i], d, half, levels)
+        store_half(out[i], 0, d)
+        pack_levels(levels, five, 2, out[i])
+    lanes, ds = np.empty(TILES * TILE, np.float32), np.empty(LANES, np.float32)
+    for start in range(0, count, LANES):
+        blocks = searched[start : min(start + LANES, count)]
+        load_blocks(x, weights, first, blocks, lanes)
+        fit_signed(lanes, peaks, half, ds)
+        for g in range(len(blocks)):
+            round_signed(x[blocks[g]], ds[g], half, levels)
+            store_half(out[blocks[g]], 0, ds[g])
+            pack_levels(levels, five, 2, out[blocks[g]])
+
+
+def encode_q4_0(x: Floats, weights: Floats, first: int, out: Bytes) -> None:
+    """See `Kernel`."""
+    encode_signed(x, weights, first, False, PEAKS_Q4_0, out)
+
+
+def encode_q5_0(x: Floats, weights: Floats, first: int, out: Bytes) -> None:
+    """See `Kernel`."""
+    encode_signed(x, weights, first, True, PEAKS_Q5_0, out)
+
+
+# Q8_0: as ggml does, without regard to weights
+
+
+@jit
+def encode_q8_0_blocks(x: Floats, out: Bytes) -> None:
+    """Largest magnitude at level 127."""
+    top = np.float32(127)
+    for i in range(len(x)):
+        low, high = range_of(x[i])
+        d = near_half(max(high, -low) / top)
+        inverse = safe_inverse(d)
+        store_half(out[i], 0, d)
+        values, codes = x[i], out[i, 2:]
+        for k in range(SIZE):
+            codes[k] = np.uint8(np.int32(nearest(values[k] * inverse, -top, top)))
+
+
+def encode_q8_0(x: Floats, _weights: Floats, _first: int, out: Bytes) -> None:
+    """See `Kernel`."""
+    encode_q8_0_blocks(x, out)
+
+
+KERNELS: dict[str, Kernel] = {
+    "Q8_0": encode_q8_0,
+    "Q4_0": encode_q4_0,
+    "Q5_0": encode_q5_0,
+}
