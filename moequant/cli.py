@@ -20,6 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 import moequant
+from moequant.calibration_options import COMPUTE_DTYPES, CalibrationOptions
 from moequant.errors import MoequantError
 
 if TYPE_CHECKING:
@@ -69,8 +70,6 @@ def main() -> None:
 
 def _calibration_options(command: F) -> F:
     """The options that say how importance is measured."""
-    from moequant.calibrate import CalibrationOptions
-
     default = CalibrationOptions()
     options = [
         click.option("--calibration", "texts", multiple=True, metavar="PATH",
@@ -89,7 +88,7 @@ def _calibration_options(command: F) -> F:
                      "to being routed to it."),
         click.option("--seed", type=int, default=default.seed, show_default=True,
                      help="Which sequences are taken where there are more than enough."),
-        click.option("--compute-dtype", type=click.Choice(["float32", "bfloat16", "float16"]),
+        click.option("--compute-dtype", type=click.Choice(COMPUTE_DTYPES),
                      help="Data type of the forward pass. Default: the checkpoint's."),
         click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda[:N]",
                      help="Where the forward pass and the encoders run."),
@@ -99,10 +98,8 @@ def _calibration_options(command: F) -> F:
     return command
 
 
-def _chosen_calibration(arguments: dict[str, Any]) -> Any:
+def _chosen_calibration(arguments: dict[str, Any]) -> CalibrationOptions:
     """A CalibrationOptions from the options above, which are taken out of `arguments`."""
-    from moequant.calibrate import CalibrationOptions
-
     return CalibrationOptions(
         texts=tuple(arguments.pop("texts")),
         tokens=arguments.pop("calibration_tokens"),

@@ -5,11 +5,10 @@ the importance computed from it. Leaves out: what the importance is used for (`p
 """
 
 from moequant.calibrate.imatrix import ExpertReport, Imatrix, MatrixStatistics
-from moequant.calibrate.options import COMPUTE_DTYPES, CalibrationOptions
 from moequant.calibrate.run import calibrate
+from moequant.calibration_options import CalibrationOptions
 
 __all__ = [
-    "COMPUTE_DTYPES",
     "CalibrationOptions",
     "ExpertReport",
     "Imatrix",

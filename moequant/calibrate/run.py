@@ -10,7 +10,6 @@ from moequant.architectures import ModelSpec
 from moequant.calibrate.forward import Batch, Progress, StreamedModel
 from moequant.calibrate.imatrix import Imatrix, MatrixStatistics
 from moequant.calibrate.observe import LayerObserver, LinearStatistics, linear_entry
-from moequant.calibrate.options import COMPUTE_DTYPES, CalibrationOptions
 from moequant.calibrate.text import Corpus, read_corpus
 from moequant.calibrate.windows import (
     choose_windows,
@@ -19,6 +18,7 @@ from moequant.calibrate.windows import (
     load_tokenizer,
     token_stream,
 )
+from moequant.calibration_options import CalibrationOptions
 from moequant.checkpoint import Checkpoint
 from moequant.errors import CalibrationError
 
@@ -40,7 +40,7 @@ def calibrate(
     cut = cut_windows(stream, options.sequence_length, leading_token(tokenizer))
     windows = choose_windows(cut, options.tokens, options.seed)
     _check_ids(windows, spec)
-    dtype = COMPUTE_DTYPES.get(options.compute_dtype or "")
+    dtype = None if options.compute_dtype is None else getattr(torch, options.compute_dtype)
     model = StreamedModel(checkpoint, spec, device=options.device, dtype=dtype)
     return Imatrix(
         entries=observe_model(model, windows, options, progress),

@@ -26,6 +26,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from moequant.checkpoint import check_finite
 from moequant.errors import CalibrationError, listing
 
 
@@ -128,6 +129,7 @@ class WeightNames:
 
         def read(name: str) -> Tensor:
             tensor = self._source.read(name)
+            check_finite(name, tensor, getattr(self._source.tensors[name], "file", None))
             return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
         if recipe.converter is None:

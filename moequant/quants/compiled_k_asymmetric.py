@@ -32,11 +32,19 @@ SUPERBLOCK = 256
 QUARTER = SUPERBLOCK // 4
 MAX_GROUPS = 16
 
-STRETCHES = np.array(  # spans to try, in steps beyond `top`
-    [0.0, -1.8, -1.4, -1.1, -0.8, -0.5, -0.25, 0.25, 0.5, 0.8], np.float32
+# Spans to try: steps beyond `top`, and the most standard deviations to cover on either side.
+SPANS = tuple(
+    (np.float32(stretch), np.float32(clip))
+    for stretch, clip in (
+        *((stretch, 1e9) for stretch in (0.0, -1.8, -1.4, -1.1, -0.8, -0.5, -0.25, 0.25, 0.5, 0.8)),
+        *((0.0, clip) for clip in (2.2, 3.2)),  # where what lies far out has little weight
+    )
 )
 REFINEMENTS = 3
 UNIT_STRETCHES = np.arange(-6, 7).astype(np.float32) / np.float32(8)  # in integers beyond `top`
+COARSE = np.float32(1 / 6)  # of the highest scale: scales below it want several d to be tried,
+UNIT_TRIALS = 24  # this many,
+UNIT_TRIAL_STEP = np.float32(0.5)  # the largest step being this much less of d each time
 # Of (scale, min): a wider step wants a deeper offset.
 MOVES = tuple(
     (np.float32(scale), np.float32(depth))
@@ -65,7 +73,7 @@ SHIFTS = INVERSES + QUARTER  # [QUARTER] likewise
 # Per group from here on:
 MEAN = SHIFTS + QUARTER
 SPREAD = MEAN + MAX_GROUPS  # sum weights centred²
-LOW = SPREAD + MAX_GROUPS  # of centred values
+LOW = SPREAD + MAX_GROUPS  # of centred values that have weight
 HIGH = LOW + MAX_GROUPS
 IMPORTANCE = HIGH + MAX_GROUPS  # of the group in the superblock, the largest being 1
 FREE_STEP = IMPORTANCE + MAX_GROUPS  # of the line that is best without regard to other groups
@@ -156,8 +164,9 @@ def _centre(work: Floats, groups: int) -> None:
             z = work[CENTRED + j + g] - work[MEAN + g]
             work[CENTRED + j + g] = z
             work[FIRST + j + g] = z * z * work[WEIGHTS + j + g]
-            work[LOW + g] = min(work[LOW + g], z)
-            work[HIGH + g] = max(work[HIGH + g], z)
+            counts = work[WEIGHTS + j + g] > ZERO
+            work[LOW + g] = min(work[LOW + g], z if counts else -LEAST)
+            work[HIGH + g] = max(work[HIGH + g], z if counts else LEAST)
     _halve(work, FIRST, SUPERBLOCK, groups)
     for g in range(groups):
         work[SPREAD + g] = work[FIRST + g]
@@ -264,12 +273,14 @@ def _fit_lines(work: Floats, groups: int, top: np.float32) -> None:
         work[LEVEL_MEAN + g], work[VARIANCE + g] = ZERO, ZERO
         work[EXPLAINED + g] = -((mean - offset) * (mean - offset))
         work[LOW + g] = min(work[LOW + g], -mean)
-        work[HIGH + g] = ONE / max(work[HIGH + g] - work[LOW + g], TINY_RANGE)
-    for stretch in STRETCHES:
+    for stretch, clip in SPANS:
         for g in range(groups):
-            inverse = work[HIGH + g] * (top + stretch)
+            reach = clip * np.sqrt(work[SPREAD + g])
+            low = min(max(work[LOW + g], -reach), -work[MEAN + g])
+            high = min(work[HIGH + g], reach)
+            inverse = (top + stretch) / max(high - low, TINY_RANGE)
             work[INVERSES + g] = inverse
-            work[SHIFTS + g] = -work[LOW + g] * inverse
+            work[SHIFTS + g] = -low * inverse
         _moments(work, groups, top)
         _keep_better_lines(work, groups)
     for _ in range(REFINEMENTS):
@@ -312,8 +323,8 @@ def _fit_unit(work: Floats, at: int, weights: int, groups: int, top: np.float32)
 
 
 @jit
-def _quantize_lines(work: Floats, groups: int, scale_top: np.float32) -> None:
-    """Units and integers near free lines: first the steps, then offsets that keep the means."""
+def _best_d(work: Floats, groups: int, scale_top: np.float32) -> np.float32:
+    """d for the free lines' steps."""
     values, weights = STEP, OFFSET  # memory that is free here
     for g in range(groups):
         work[values + g] = work[FREE_STEP + g]
@@ -322,17 +333,50 @@ def _quantize_lines(work: Floats, groups: int, scale_top: np.float32) -> None:
         if work[FREE_OFFSET + g] >= ZERO:
             curvature += work[LEVEL_MEAN + g] * work[LEVEL_MEAN + g]
         work[weights + g] = work[IMPORTANCE + g] * curvature
-    d = _fit_unit(work, values, weights, groups, scale_top)
+    return _fit_unit(work, values, weights, groups, scale_top)
+
+
+@jit
+def _fields_for(work: Floats, d: np.float32, groups: int, scale_top: np.float32) -> np.float32:
+    """Trial integers near the free lines for a given d, mins that keep the means; returns dmin."""
+    values = STEP
     inverse = safe_inverse(d)
     for g in range(groups):
         scale = _whole(work[FREE_STEP + g] * inverse, scale_top)
-        work[SCALES + g] = scale
+        work[TRIAL_SCALES + g] = scale
         work[values + g] = max(d * scale * work[LEVEL_MEAN + g] - work[MEAN + g], ZERO)
     dmin = _fit_unit(work, values, IMPORTANCE, groups, scale_top)
     inverse = safe_inverse(dmin)
     for g in range(groups):
-        work[MINS + g] = _whole(work[values + g] * inverse, scale_top)
-    work[D], work[DMIN] = d, dmin
+        work[TRIAL_MINS + g] = _whole(work[values + g] * inverse, scale_top)
+    return dmin
+
+
+@jit
+def _quantize_lines(work: Floats, groups: int, top: np.float32, scale_top: np.float32) -> None:
+    """Units and integers near the free lines.
+
+    Where groups differ so much that some scale is a small integer, its rounding is no small
+    change, and several d are judged by the error itself.
+    """
+    least = -LEAST
+    d = _best_d(work, groups, scale_top)
+    largest, smallest = ZERO, -LEAST
+    for g in range(groups):
+        largest = max(largest, work[FREE_STEP + g])
+        smallest = min(smallest, work[FREE_STEP + g])
+    trials = UNIT_TRIALS if smallest < COARSE * scale_top * d else 1
+    for trial in range(trials):
+        if trial > 0:
+            d = through_half(largest / (scale_top - np.float32(trial - 1) * UNIT_TRIAL_STEP))
+        dmin = _fields_for(work, d, groups, scale_top)
+        error = _try(work, d, dmin, TRIAL_SCALES, groups, top)
+        if error < least:
+            least = error
+            work[D], work[DMIN] = d, dmin
+            for g in range(groups):
+                work[BEST + g] = work[ERROR + g]
+                work[SCALES + g], work[MINS + g] = work[TRIAL_SCALES + g], work[TRIAL_MINS + g]
 
 
 @jit
@@ -421,10 +465,7 @@ def fit_block(
         return
     _load(work, x, weights, groups)
     _fit_lines(work, groups, top)
-    _quantize_lines(work, groups, scale_top)
-    _try(work, work[D], work[DMIN], SCALES, groups, top)
-    for g in range(groups):
-        work[BEST + g] = work[ERROR + g]
+    _quantize_lines(work, groups, top, scale_top)
     for _ in range(ROUNDS):
         _move(work, groups, top, scale_top)
         if not _refit_units(work, groups, top):

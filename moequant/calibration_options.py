@@ -1,7 +1,8 @@
 """What a calibration run can be told.
 
 Owns: the options, their defaults with the reason for each, and their checks. Leaves out: parsing a
-command line (`moequant.cli`).
+command line (`moequant.cli`). Not part of `moequant.calibrate`, which takes
+seconds to import, since `--help` shows the defaults.
 
 Defaults:
 - `sequence_length` 512 is llama-imatrix's, so that `imatrix.chunk_size` and sums mean the same.
@@ -18,15 +19,9 @@ Defaults:
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from moequant.errors import UsageError, listing
 
-COMPUTE_DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
+COMPUTE_DTYPES = ("float32", "bfloat16", "float16")  # torch's names
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,7 @@ class CalibrationOptions:
     """Options of one run; raises UsageError that lists every value out of range.
 
     `texts`: files or folders, () = the built-in corpus. `tokens`: at most so many (whole windows).
-    `compute_dtype`: a key of `COMPUTE_DTYPES`, None = the checkpoint's. `floor`: tokens an expert
+    `compute_dtype`: one of `COMPUTE_DTYPES`, None = the checkpoint's. `floor`: tokens an expert
     should have seen, 0 switches the near-miss rule off. `process_output`: also the output matrix,
     as llama-imatrix's `--process-output`.
     """
