@@ -1,10 +1,11 @@
 """Speed of our encoders against ggml_quantize_chunk, one core each, in interleaved pairs.
 
-    python benchmarks/encoders.py [--types Q4_K,Q5_K] [--pairs 7] [--json results.json]
+    python benchmarks/encoders.py [--types Q4_K,Q5_K] [--pairs 3] [--torch] [--json results.json]
 
 A ratio is the median over pairs of (ggml's time / our time), both in CPU time of this process, so
 that other work on the machine changes it little. The project asks for at least 2 in Q4_K and Q5_K
-with importance, 0.5 in the trivial legacy types, 1 in the others.
+with importance, 0.5 in the trivial legacy types, 1 in the others. `scaling` is the speed in wall
+time on two threads over that on one, and means something on an idle machine only.
 """
 
 import json
@@ -26,7 +27,8 @@ from moequant.quants import QUANT_TYPES, quantize
 from moequant.runtime.llama_cpp import ensure_built
 from tests.oracles.ggml import Ggml
 
-SHAPES = ((64, 5376), (512, 4096))
+SHAPES = ((64, 5376), (256, 4096))
+SCALING_SHAPE = (1024, 4096)
 TRIVIAL = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
 
@@ -43,6 +45,14 @@ class Result:
     wanted: float
 
 
+@dataclass(frozen=True)
+class Scaling:
+    """Wall time of one thread over that of two."""
+
+    qtype: str
+    scaling: float
+
+
 def wanted_ratio(qtype: str, importance: bool) -> float:
     if qtype in TRIVIAL:
         return 0.5
@@ -55,18 +65,26 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def measure(ggml: Ggml, qtype: str, shape: tuple[int, int], importance: bool, pairs: int) -> Result:
+def drawn(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Values and an importance row."""
     draw = torch.Generator().manual_seed(0)
     x = 0.02 * torch.randn(shape, generator=draw)
-    row = torch.randn(shape[1], generator=draw).square() + 0.05 if importance else None
+    return x, torch.randn(shape[1], generator=draw).square() + 0.05
+
+
+def measure(
+    ggml: Ggml, qtype: str, shape: tuple[int, int], importance: bool, pairs: int, compiled: bool
+) -> Result:
+    x, row = drawn(shape)
+    weights = row if importance else None
 
     def ours() -> object:
-        return quantize(x, qtype, row, threads=1)
+        return quantize(x, qtype, weights, threads=1, compiled=None if compiled else False)
 
     def theirs() -> object:
-        return ggml.quantize(x, qtype, row)
+        return ggml.quantize(x, qtype, weights)
 
-    ours(), theirs()
+    ours(), ggml.quantize(x[:1], qtype, weights)
     timed = [(seconds(ours), seconds(theirs)) for _ in range(pairs)]
     return Result(
         qtype,
@@ -77,6 +95,18 @@ def measure(ggml: Ggml, qtype: str, shape: tuple[int, int], importance: bool, pa
         ratio=statistics.median(other / mine for mine, other in timed),
         wanted=wanted_ratio(qtype, importance),
     )
+
+
+def measure_scaling(qtype: str) -> Scaling:
+    x, row = drawn(SCALING_SHAPE)
+
+    def wall(threads: int) -> float:
+        start = time.perf_counter()
+        quantize(x, qtype, row, threads=threads)
+        return time.perf_counter() - start
+
+    wall(2)
+    return Scaling(qtype, min(wall(1) for _ in range(3)) / min(wall(2) for _ in range(3)))
 
 
 def table_of(results: list[Result]) -> Table:
@@ -99,21 +129,27 @@ def table_of(results: list[Result]) -> Table:
 
 @click.command()
 @click.option("--types", default=",".join(QUANT_TYPES), show_default=True)
-@click.option("--pairs", default=7, show_default=True, help="Timed pairs per line.")
+@click.option("--pairs", default=3, show_default=True, help="Timed pairs per line.")
+@click.option("--torch", "in_torch", is_flag=True, help="The torch encoders, as on CUDA.")
 @click.option("--json", "output", type=click.Path(path_type=Path), help="Also write this file.")
-def main(types: str, pairs: int, output: Path | None) -> None:
+def main(types: str, pairs: int, in_torch: bool, output: Path | None) -> None:
     """Speed of our encoders against ggml's."""
     torch.set_num_threads(1)
     ggml = Ggml.of(ensure_built())
+    names = types.split(",")
     results = [
-        measure(ggml, qtype, shape, importance, pairs)
-        for qtype in types.split(",")
+        measure(ggml, qtype, shape, importance, pairs, compiled=not in_torch)
+        for qtype in names
         for shape in SHAPES
         for importance in (False, True)
     ]
     Console().print(table_of(results))
+    scaling = [measure_scaling("Q4_K")] if "Q4_K" in names and not in_torch else []
+    for line in scaling:
+        Console().print(f"{line.qtype}: two threads are {line.scaling:.2f} times as fast as one")
     if output:
-        output.write_text(json.dumps([asdict(result) for result in results], indent=2) + "\n")
+        rows = [asdict(result) for result in (*results, *scaling)]
+        output.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from moequant.calibrate.forward import Progress, StreamedModel
 from moequant.calibrate.text import read_corpus
 from moequant.calibrate.weights import WeightSource
 from moequant.calibrate.windows import cut_windows, leading_token, load_tokenizer, token_stream
-from moequant.errors import UsageError
+from moequant.errors import CalibrationError, UsageError
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,11 @@ def text_windows(tokenizer_folder: Path, text: Path, length: int = 512) -> Tenso
     """
     tokenizer = load_tokenizer(tokenizer_folder)
     stream = token_stream(tokenizer, read_corpus([text]).documents)
+    if len(stream) < length:
+        raise CalibrationError(
+            f"{text} has {len(stream)} tokens, perplexity is measured on windows of {length}: "
+            "give a longer text."
+        )
     return cut_windows(stream, length, leading_token(tokenizer))
 
 

@@ -28,7 +28,7 @@ from moequant.quants.layout import QUANT_TYPES, QuantType
 if TYPE_CHECKING:
     from moequant.quants.compiled import Kernel
 
-__all__ = ["CODECS", "QUANT_TYPES", "QuantType", "dequantize", "quantize", "row_bytes"]
+__all__ = ["CODECS", "QUANT_TYPES", "QuantType", "dequantize", "kernels", "quantize", "row_bytes"]
 
 CODECS: dict[str, Codec] = {
     **legacy.CODECS,
@@ -117,10 +117,7 @@ def kernels() -> "dict[str, Kernel]":
     """Compiled encoders by type. Imports numba, which is why it waits for the first call."""
     found: dict[str, Kernel] = {}
     for name in COMPILED_MODULES:
-        try:
-            found.update(import_module(f"moequant.quants.{name}").KERNELS)
-        except ModuleNotFoundError:  # REMOVE once all are there
-            continue
+        found.update(import_module(f"moequant.quants.{name}").KERNELS)
     return found
 
 

@@ -13,6 +13,7 @@ file in place, delete `moequant/quants/__pycache__`.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import numba
@@ -37,14 +38,20 @@ TINIEST = np.float32(1e-38)
 
 def jit(function: Function) -> Function:
     """Compile on first call; keep the code on disk; run without the GIL; divide as numpy does."""
-    compiled = numba.njit(cache=True, nogil=True, error_model="numpy")(function)
-    return cast(Function, compiled)
+    return _compiled(function, inline=False)
 
 
 def inlined(function: Function) -> Function:
     """`jit` for small functions that the compiler shall always inline."""
-    compiled = numba.njit(cache=True, nogil=True, error_model="numpy", forceinline=True)(function)
-    return cast(Function, compiled)
+    return _compiled(function, inline=True)
+
+
+def _compiled(function: Function, inline: bool) -> Function:
+    compiler = partial(numba.njit, nogil=True, error_model="numpy", forceinline=inline)
+    try:
+        return cast(Function, compiler(cache=True)(function))
+    except RuntimeError:  # nowhere to write: neither next to the module nor in a user's cache
+        return cast(Function, compiler(cache=False)(function))
 
 
 @inlined

@@ -32,13 +32,16 @@ SUPERBLOCK = 256
 QUARTER = SUPERBLOCK // 4
 MAX_GROUPS = 16
 
-# Spans to try: steps beyond `top`, and the most standard deviations to cover on either side.
-SPANS = tuple(
-    (np.float32(stretch), np.float32(clip))
-    for stretch, clip in (
-        *((stretch, 1e9) for stretch in (0.0, -1.8, -1.4, -1.1, -0.8, -0.5, -0.25, 0.25, 0.5, 0.8)),
-        *((0.0, clip) for clip in (2.2, 3.2)),  # where what lies far out has little weight
-    )
+# Spans to try: steps beyond `top`, standard deviations to cover below the mean and above it.
+WIDE = 1e9
+STRETCHES = (0.0, -1.8, -1.4, -1.1, -0.8, -0.5, -0.25, 0.25, 0.5, 0.8)
+SPANS = tuple((np.float32(stretch), np.float32(WIDE), np.float32(WIDE)) for stretch in STRETCHES)
+# More, where a group's range is wider than FAR standard deviations: they leave out values far off
+# that have little weight, or have the bulk share one level at the end.
+FAR = np.float32(4.8)
+FAR_SPANS = tuple(
+    (np.float32(0), np.float32(below), np.float32(above))
+    for below, above in ((2.2, 2.2), (3.2, 3.2), (0, WIDE), (WIDE, 0))
 )
 REFINEMENTS = 3
 UNIT_STRETCHES = np.arange(-6, 7).astype(np.float32) / np.float32(8)  # in integers beyond `top`
@@ -54,6 +57,7 @@ ROUNDS = 2
 
 VARIANCE_FLOOR = np.float32(1e-9)  # in steps²: below is one level and rounding noise
 NOISE = np.float32(1 + 1e-6)
+INDIFFERENT = np.float32(1e-6)  # relative difference of what two lines explain: about float32's
 TINY_WEIGHT = np.float32(1e-6)  # of the heaviest group's weight: what every group counts at least
 TINY_RANGE = np.float32(1e-30)  # far below what fp16 scales reach; keeps inverses finite
 TWO = np.float32(2)
@@ -256,15 +260,38 @@ def _keep_better_lines(work: Floats, groups: int) -> None:
             offset = ZERO
         missed = step * level_mean + offset - mean
         explained = step * (TWO * covariance - step * variance) - missed * missed
-        if explained > work[EXPLAINED + g]:
+        # Where the span does not matter (few distinct values), groups should agree: the first wins.
+        if explained > work[EXPLAINED + g] + INDIFFERENT * abs(work[EXPLAINED + g]):
             work[FREE_STEP + g], work[FREE_OFFSET + g] = step, offset
             work[LEVEL_MEAN + g], work[VARIANCE + g] = level_mean, variance
             work[EXPLAINED + g] = explained
 
 
 @jit
+def _try_span(
+    work: Floats,
+    groups: int,
+    top: np.float32,
+    stretch: np.float32,
+    below: np.float32,
+    above: np.float32,
+) -> None:
+    """Free lines from levels that spread a part of each group's range over top + stretch steps."""
+    for g in range(groups):
+        deviation = np.float32(np.sqrt(work[SPREAD + g]))
+        low = min(max(work[LOW + g], -below * deviation), -work[MEAN + g])
+        high = min(work[HIGH + g], above * deviation)
+        inverse = (top + stretch) / max(high - low, TINY_RANGE)
+        work[INVERSES + g] = inverse
+        work[SHIFTS + g] = -low * inverse
+    _moments(work, groups, top)
+    _keep_better_lines(work, groups)
+
+
+@jit
 def _fit_lines(work: Floats, groups: int, top: np.float32) -> None:
     """The best free line per group over candidate spans, refined by refitting."""
+    far = False
     for g in range(groups):
         # Flat, for a group of one value.
         mean = work[MEAN + g]
@@ -273,16 +300,12 @@ def _fit_lines(work: Floats, groups: int, top: np.float32) -> None:
         work[LEVEL_MEAN + g], work[VARIANCE + g] = ZERO, ZERO
         work[EXPLAINED + g] = -((mean - offset) * (mean - offset))
         work[LOW + g] = min(work[LOW + g], -mean)
-    for stretch, clip in SPANS:
-        for g in range(groups):
-            reach = clip * np.sqrt(work[SPREAD + g])
-            low = min(max(work[LOW + g], -reach), -work[MEAN + g])
-            high = min(work[HIGH + g], reach)
-            inverse = (top + stretch) / max(high - low, TINY_RANGE)
-            work[INVERSES + g] = inverse
-            work[SHIFTS + g] = -low * inverse
-        _moments(work, groups, top)
-        _keep_better_lines(work, groups)
+        far = far or work[HIGH + g] - work[LOW + g] > FAR * np.sqrt(work[SPREAD + g])
+    for stretch, below, above in SPANS:
+        _try_span(work, groups, top, stretch, below, above)
+    if far:
+        for stretch, below, above in FAR_SPANS:
+            _try_span(work, groups, top, stretch, below, above)
     for _ in range(REFINEMENTS):
         for g in range(groups):
             inverse = safe_inverse(work[FREE_STEP + g])

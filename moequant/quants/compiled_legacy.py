@@ -1,7 +1,8 @@
 """Q8_0, Q4_0, Q5_0, Q4_1 and Q5_1 on the CPU, compiled: 32 values with one scale.
 
-Owns: fit, rounding and packing, one kernel per type. Leaves out: decoding and the alternative in
-torch (`legacy`), chunks and threads (`moequant.quants`), F32, F16 and BF16, which torch converts.
+Owns: fit, rounding and packing, one kernel per type; F32, F16 and BF16, which torch converts in one
+pass, straight to where they belong. Leaves out: decoding and the alternative in torch (`legacy`),
+chunks and threads (`moequant.quants`).
 
 Without weights the scale spans the block, as in ggml: the largest magnitude, or the range, ends on
 the last level. Levels are rounded with the scale as fp16 stores it, where ggml rounds with the one
@@ -14,7 +15,10 @@ Source: block_q8_0, block_q4_0, block_q4_1, block_q5_0, block_q5_1 in ggml-commo
 and make_qkx3_quants in ggml-quants.c.
 """
 
+from functools import partial
+
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from moequant.quants.compiled import Kernel, jit, safe_inverse, store_half
@@ -45,12 +49,15 @@ ONE = np.float32(1)
 TWO = np.float32(2)
 HALF_ULP = np.float32(0.0007)  # relative: adding it and rounding gives the next fp16
 VARIANCE_FLOOR = np.float32(1e-9)  # in steps²; below it is one level and rounding noise
-NOISE = np.float32(1e-6)  # of the square of how far the mean level is from where the mean of x falls
+NOISE = np.float32(1e-6)  # of the square of the distance of the levels' mean from its place
 
 # Levels where the largest value is tried to lie: ggml's, and some beyond the last one.
 STRETCHES = (0.0, -1.0, *(step / 10 for step in range(-9, 10) if step), 1.2, 1.4)
 PEAKS_Q4_0 = -np.array([8 + stretch for stretch in STRETCHES], dtype=np.float32)
-PEAKS_Q5_0 = -np.array([16 + stretch for stretch in STRETCHES], dtype=np.float32)
+PEAKS_Q5_0 = -np.array(
+    [*(16 + stretch for stretch in STRETCHES), 14.5, 14, 13, 12, 8, -15.4, -15, -14, -13],
+    dtype=np.float32,
+)
 # Steps that the range is tried to span, in levels beyond the last.
 SPANS = np.array(
     (0.0, -1.8, -1.4, -1.1, *(step / 20 for step in range(-18, 19) if step), 1.2, 1.5, 2),
@@ -312,8 +319,9 @@ def fit_lines(lanes: Floats, spans: Floats, top: np.float32, best: Floats) -> No
     next round with the best line so far and solve again; the last take its neighbours.
     """
     count = len(spans)
-    sums, trial, error = np.empty(48, np.float32), np.empty(32, np.float32), np.empty(16, np.float32)
-    mean, low, high = np.empty(16, np.float32), np.empty(16, np.float32), np.empty(16, np.float32)
+    sums, trial = np.empty(48, np.float32), np.empty(32, np.float32)
+    error, mean = np.empty(16, np.float32), np.empty(16, np.float32)
+    low, high = np.empty(16, np.float32), np.empty(16, np.float32)
     inverse, shift = np.empty(16, np.float32), np.empty(16, np.float32)
     best[:32] = ZERO
     best[32:] = LARGEST
@@ -419,7 +427,18 @@ def encode_q8_0(x: Floats, _weights: Floats, _first: int, out: Bytes) -> None:
     encode_q8_0_blocks(x, out)
 
 
+# F32, F16, BF16: conversions, not searches
+
+
+def _convert(dtype: torch.dtype, x: Floats, _weights: Floats, _first: int, out: Bytes) -> None:
+    """See `Kernel`; blocks of one value."""
+    torch.from_numpy(out).view(dtype).copy_(torch.from_numpy(x))
+
+
 KERNELS: dict[str, Kernel] = {
+    "F32": partial(_convert, torch.float32),
+    "F16": partial(_convert, torch.float16),
+    "BF16": partial(_convert, torch.bfloat16),
     "Q8_0": encode_q8_0,
     "Q4_0": encode_q4_0,
     "Q5_0": encode_q5_0,

@@ -7,9 +7,9 @@ What is minimised is E = Σ w (s l - x)². With levels l rounded from a trial st
 B = Σ w l² give the best step A/B and its gain A²/B. For a step as stored, E is summed as it stands,
 since the difference of large sums says nothing where the fit is good.
 
-Sums go over 16 lanes at a time: value k of lane g is at [16 k + g] of its tile, and a lane is a group of 16
-values of one superblock, or a block of 32 values. Each lane adds its own values in a fixed order,
-so that vector registers change no bit, and no lane knows which others came along.
+Sums go over 16 lanes at a time: value k of lane g is at [16 k + g] of its tile, and a lane is a
+group of 16 values of one superblock, or a block of 32 values. Each lane adds its own values in a
+fixed order, so that vector registers change no bit, and no lane knows which others came along.
 
 Source: block_q3_K, block_q6_K, block_mxfp4 in ggml-common.h; quantize_row_q3_K_impl,
 quantize_row_q6_K_impl, make_qx_quants, quantize_row_mxfp4_ref in ggml-quants.c.
@@ -50,17 +50,20 @@ PEAKS_Q3_K = np.array(
     (-4.0, -4.9, -4.4, -4.2, -3.8, -3.6, -3.4, -3.0, 4.4, 3.9, 3.6, 3.4, 3.2, 3.0, 2.5),
     dtype=np.float32,
 )
-PEAKS_Q3_K_PLAIN = np.array((-4.0, -4.5, -3.6, 4.1, 3.5), dtype=np.float32)
+PEAKS_Q3_K_PLAIN = np.array((-4.0, -4.5, -3.6, 4.1, 3.5, -3.2), dtype=np.float32)
 PEAKS_Q6_K = np.array(
     (-32, -32.6, -31.6, -31.2, -30.8, -30.4, -30, -29.6, -29.2, 32.2, 31.4, 31, 30.6, 30.2, 29.8,
      29.4, 29, 28.6),
     dtype=np.float32,
 )  # fmt: skip
 # Multipliers where the largest step of a superblock is tried to lie.
-TARGETS_Q3_K = np.array((-32, -31, -30, -29, -28, -26, 31), dtype=np.float32)
-TARGETS_Q3_K_PLAIN = np.array((-32, -29.5), dtype=np.float32)
-TARGETS_Q6_K = np.array((-128, -125, -122, -119, 127), dtype=np.float32)
+TARGETS_Q3_K = np.array((-32, -30, -28), dtype=np.float32)
+TARGETS_Q3_K_PLAIN = np.array((-32,), dtype=np.float32)
+TARGETS_Q6_K = np.array((-128, 127), dtype=np.float32)
 
+FIXED = np.float32(2.0**20)
+FIXED_NOISE = 64  # twice what cutting 32 errors to whole numbers can amount to
+ROUNDS = 2  # of choosing multipliers anew at the best d
 MXFP4_LARGEST = 252  # exponent: 6 * 2^(252 - 127) is still finite
 
 
@@ -291,9 +294,10 @@ def round_superblock(x: Floats, d: np.float32, multiplier: Floats, top: np.float
     """Levels 0..2 top - 1 nearest to what the stored fields decode to."""
     for g in range(16):
         inverse = safe_inverse(d * multiplier[g])
+        values, whole = x[g * 16 : g * 16 + 16], levels[g * 16 : g * 16 + 16]
         for k in range(16):
-            level = nearest(x[g * 16 + k] * inverse, -top, top - ONE)
-            levels[g * 16 + k] = np.uint8(np.int32(level + top))
+            level = nearest(values[k] * inverse, -top, top - ONE)
+            whole[k] = np.uint8(np.int32(level + top))
 
 
 @jit
@@ -311,12 +315,12 @@ def pack_q3_k(levels: Bytes, d: np.float32, multiplier: Floats, out: Bytes) -> N
                 bits |= (levels[128 * h + 32 * k + m] & 3) << (2 * k)
             out[32 + 32 * h + m] = np.uint8(bits)
     for g in range(8):
-        first, second = np.int32(multiplier[g]) + 32, np.int32(multiplier[g + 8]) + 32
+        first, second = int(multiplier[g]) + 32, int(multiplier[g + 8]) + 32
         out[96 + g] = np.uint8((first & 15) | (second & 15) << 4)
     for g in range(4):
         bits = 0
         for k in range(4):
-            bits |= ((np.int32(multiplier[4 * k + g]) + 32) >> 4) << (2 * k)
+            bits |= ((int(multiplier[4 * k + g]) + 32) >> 4) << (2 * k)
         out[104 + g] = np.uint8(bits)
     store_half(out, 108, d)
 
@@ -334,13 +338,13 @@ def pack_q6_k(levels: Bytes, d: np.float32, multiplier: Floats, out: Bytes) -> N
                 bits |= (levels[128 * h + 32 * k + m] >> 4) << (2 * k)
             out[128 + 32 * h + m] = np.uint8(bits)
     for g in range(16):
-        out[192 + g] = np.uint8(np.int32(multiplier[g]) & 0xFF)
+        out[192 + g] = np.uint8(int(multiplier[g]) & 0xFF)
     store_half(out, 208, d)
 
 
 @jit
 def encode_superblocks(x: Floats, weights: Floats, first: int, six: bool, peaks: Floats,
-                       targets: Floats, top: np.float32, least: np.float32,
+                       targets: Floats, rounds: int, top: np.float32, least: np.float32,
                        out: Bytes) -> None:  # fmt: skip
     """Q6_K or Q3_K: see `Kernel`."""
     lanes, multiplier = np.empty(2 * TILE, np.float32), np.empty(LANES, np.float32)
@@ -348,7 +352,7 @@ def encode_superblocks(x: Floats, weights: Floats, first: int, six: bool, peaks:
     for i in range(len(x)):
         row = weights[(first + i) % len(weights)] if len(weights) > 0 else x[i, :0]
         load_superblock(x[i], row, lanes)
-        d = fit_superblock(lanes, peaks, targets, top, least, 2, multiplier)
+        d = fit_superblock(lanes, peaks, targets, top, least, rounds, multiplier)
         round_superblock(x[i], d, multiplier, top, levels)
         if six:
             pack_q6_k(levels, d, multiplier, out[i])
@@ -362,13 +366,98 @@ def encode_q3_k(x: Floats, weights: Floats, first: int, out: Bytes) -> None:
     plain = len(weights) == 0
     peaks = PEAKS_Q3_K_PLAIN if plain else PEAKS_Q3_K
     targets = TARGETS_Q3_K_PLAIN if plain else TARGETS_Q3_K
-    encode_superblocks(x, weights, first, False, peaks, targets, top, least, out)
+    rounds = 1 if plain else ROUNDS
+    encode_superblocks(x, weights, first, False, peaks, targets, rounds, top, least, out)
 
 
 def encode_q6_k(x: Floats, weights: Floats, first: int, out: Bytes) -> None:
     """See `Kernel`."""
     top, least = np.float32(32), np.float32(-128)
-    encode_superblocks(x, weights, first, True, PEAKS_Q6_K, TARGETS_Q6_K, top, least, out)
+    encode_superblocks(x, weights, first, True, PEAKS_Q6_K, TARGETS_Q6_K, ROUNDS, top, least, out)
 
 
-KERNELS: dict[str, Kernel] = {"Q3_K": encode_q3_k, "Q6_K": encode_q6_k}
+# MXFP4: value = code's value * 2^(exponent - 127)
+
+
+@inlined
+def power(exponent: int) -> np.float32:
+    """2^(exponent - 127) for 0..254; for 0 the subnormal 2^-127."""
+    return np.float32(np.int32(exponent << 23 if exponent > 0 else 1 << 22).view(np.float32))
+
+
+@jit
+def scaled_error(x: Floats, weights: Floats, inverse: np.float32, unit: np.float32) -> int:
+    """Error of the nearest codes for x * inverse, in 2^-20 of unit^-1, at most 50 per value.
+
+    Whole numbers, because their sum is the same in any order, and so the compiler may choose one.
+    """
+    total = 0
+    for k in range(32):
+        m = abs(x[k] * inverse)
+        grid = HALF if m < TWO else (ONE if m < TWO + TWO else TWO)
+        finer = TWO if m < TWO else (ONE if m < TWO + TWO else HALF)
+        code = min((m * finer + ROUNDER) - ROUNDER, np.float32(12)) * grid
+        missed = m - min(code, np.float32(6))
+        total += int(np.int32(missed * missed * weights[k] * unit))
+    return total
+
+
+@jit
+def fit_mxfp4(x: Floats, weights: Floats, weighted: bool) -> int:
+    """Exponent: ggml's, which follows from the largest value, unless a neighbour is truly better.
+
+    In units of ggml's exponent the largest value is within 4..8, and codes stop at 6. Without
+    weights the finer neighbour, which clips it to 3, is never better.
+    """
+    largest = ZERO
+    for k in range(32):
+        largest = max(largest, abs(x[k]))
+    plain = int(np.float32(largest).view(np.int32)) >> 23
+    plain = min(max(plain - 2, 0), MXFP4_LARGEST)
+    inverse = power(254 - plain)
+    least = scaled_error(x, weights, inverse, FIXED) - FIXED_NOISE
+    best = plain
+    if plain < MXFP4_LARGEST:
+        error = scaled_error(x, weights, inverse * HALF, FIXED * np.float32(4))
+        if error < least:
+            best, least = plain + 1, error
+    if weighted and 0 < plain < MXFP4_LARGEST:
+        error = scaled_error(x, weights, inverse * TWO, FIXED * np.float32(0.25))
+        if error < least:
+            best = plain - 1
+    return best
+
+
+@jit
+def round_mxfp4(x: Floats, exponent: int, codes: Bytes) -> None:
+    """Codes by magnitude m: 2m up to 2, m + 2 up to 4, m/2 + 4 beyond; bit 3 is the sign."""
+    inverse = power(254 - exponent)
+    for k in range(32):
+        m = abs(x[k] * inverse)
+        # Half a code more than that, for conversion to a whole number cuts.
+        code = min(min(m * TWO + HALF, m + np.float32(2.5)), m * HALF + np.float32(4.5))
+        codes[k] = np.uint8(np.int32(min(code, np.float32(7.5))) | (8 if x[k] < ZERO else 0))
+
+
+@jit
+def pack_mxfp4(codes: Bytes, exponent: int, out: Bytes) -> None:
+    """Exponent, codes [16]: the first 16 values are low nibbles."""
+    out[0] = np.uint8(exponent)
+    packed = out[1:]
+    for k in range(16):
+        packed[k] = np.uint8(codes[k] | codes[16 + k] << 4)
+
+
+@jit
+def encode_mxfp4(x: Floats, weights: Floats, first: int, out: Bytes) -> None:
+    """See `Kernel`."""
+    codes, ones = np.empty(32, np.uint8), np.ones(32, np.float32)
+    weighted = len(weights) > 0
+    for i in range(len(x)):
+        row = weights[(first + i) % len(weights)] if weighted else ones
+        exponent = fit_mxfp4(x[i], row, weighted)
+        round_mxfp4(x[i], exponent, codes)
+        pack_mxfp4(codes, exponent, out[i])
+
+
+KERNELS: dict[str, Kernel] = {"Q3_K": encode_q3_k, "Q6_K": encode_q6_k, "MXFP4": encode_mxfp4}

@@ -102,7 +102,8 @@ def test_inspect_shows_a_checkpoint_a_file_and_an_imatrix(checkpoint: Path, tmp_
     before, after = found[str(checkpoint)], found[str(path)]
     assert before["parameters"] == after["parameters"]
     assert before["architecture"] == after["architecture"] == "gemma4"
-    numels = [t.numel() for t in load_file(checkpoint / "model.safetensors").values()]
+    shards = checkpoint.glob("*.safetensors")
+    numels = [tensor.numel() for shard in shards for tensor in load_file(shard).values()]
     assert before["parameters"]["total"] == sum(numels)
     for p in found:
         shown = run("inspect", p)
@@ -169,9 +170,9 @@ def test_an_imatrix_of_another_model_is_refused(checkpoint: Path, tmp_path: Path
 @pytest.mark.parametrize("calibration", [SHORT, ("--no-calibration",)])
 def test_a_nan_in_a_weight_is_named(tmp_path: Path, calibration: tuple[str, ...]) -> None:
     folder = make_checkpoint("gemma4-additive", tmp_path / "nan")
-    shard = folder / "model.safetensors"
-    tensors = load_file(shard)
     name = "model.layers.2.experts.down_proj"
+    shard = next(path for path in folder.glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(shard)
     tensors[name][3, 1, 4:7] = float("nan")
     save_file(tensors, shard, {"format": "pt"})
     path = tmp_path / "model.gguf"
@@ -187,7 +188,7 @@ def test_a_perplexity_text_that_is_too_short_is_refused_before_the_work(
     text, path = tmp_path / "short.txt", tmp_path / "model.gguf"
     text.write_text("Too short.")
     message = refused(2, "export", checkpoint, "-o", path, *SHORT, "--perplexity", text)
-    assert "short" in message
+    assert "short.txt has 8 tokens" in message
     assert not path.exists()
 
 
@@ -219,7 +220,8 @@ def test_stopping_leaves_nothing_behind(tmp_path: Path, sent: signal.Signals) ->
     _wait_for_torch(process.pid)
     process.send_signal(sent)
     _, stderr = process.communicate(timeout=120)
-    assert process.returncode == 130, stderr
+    # -2: CPython ends by the signal itself if it came while C code ran Python; a shell shows 130
+    assert process.returncode in (130, -signal.SIGINT), stderr
     assert "Traceback" not in stderr
     assert "Stopped" in stderr
     assert list(out.iterdir()) == []

@@ -40,18 +40,21 @@ def test_importance(name: str) -> None:
             quantize(x, name, importance)
 
 
+@pytest.mark.parametrize("compiled", [None, False])
 @pytest.mark.parametrize("name", QUANT_TYPES)
-def test_values_beyond_the_scales_are_refused_and_those_at_the_limit_are_not(name: str) -> None:
+def test_values_beyond_the_scales_are_refused_and_those_at_the_limit_are_not(
+    name: str, compiled: bool | None
+) -> None:
     limit = CODECS[name].limit
     x = torch.full((1, 256), limit)
     x[0, ::2] = -limit
-    decoded = dequantize(quantize(x, name), name, 256)
+    decoded = dequantize(quantize(x, name, compiled=compiled), name, 256)
     assert decoded.isfinite().all()
     # Q3_K's levels -4..3 cannot span both signs evenly, and err by a quarter at one of them.
     assert ((decoded - x).abs() <= 0.3 * limit).all()
     if limit < 1e38:
         with pytest.raises(ValueError, match=f"{name} holds"):
-            quantize(x * 1.01, name)
+            quantize(x * 1.01, name, compiled=compiled)
 
 
 def test_shape_dtype_and_name() -> None:
