@@ -25,7 +25,7 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/pytest $(PYTEST_OPTIONS)
+	$(BIN)/pytest -n auto --dist loadfile $(PYTEST_OPTIONS)
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/encoders.py

@@ -6,10 +6,17 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 
 from moequant.runtime.llama_cpp import LlamaCpp, ensure_built
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_torch_thread() -> None:
+    """The models are tiny, so that a second thread only waits; and pytest-xdist uses all cores."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

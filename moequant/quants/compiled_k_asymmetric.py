@@ -418,6 +418,24 @@ def _try(
 
 
 @jit
+def _try_without_mins(work: Floats, groups: int, top: np.float32, scale_top: np.float32) -> None:
+    """Groups without a min, or as zeros, where that is better: exact zeros that weigh much."""
+    inverse = safe_inverse(work[D])
+    for g in range(groups):
+        highest = work[HIGH + g] + work[MEAN + g]
+        work[TRIAL_SCALES + g] = _whole(highest / top * inverse, scale_top)
+        work[TRIAL_MINS + g] = ZERO
+    _try(work, work[D], work[DMIN], TRIAL_SCALES, groups, top)
+    for g in range(groups):
+        zeros = work[SPREAD + g] + work[MEAN + g] * work[MEAN + g]
+        if zeros < work[ERROR + g]:
+            work[ERROR + g], work[TRIAL_SCALES + g] = zeros, ZERO
+        if work[ERROR + g] < work[BEST + g]:
+            work[BEST + g] = work[ERROR + g]
+            work[SCALES + g], work[MINS + g] = work[TRIAL_SCALES + g], ZERO
+
+
+@jit
 def _move(work: Floats, groups: int, top: np.float32, scale_top: np.float32) -> None:
     """Single steps of the groups' integers, each kept where the error falls."""
     for scale_by, min_by in MOVES:
@@ -489,6 +507,7 @@ def fit_block(
     _load(work, x, weights, groups)
     _fit_lines(work, groups, top)
     _quantize_lines(work, groups, top, scale_top)
+    _try_without_mins(work, groups, top, scale_top)
     for _ in range(ROUNDS):
         _move(work, groups, top, scale_top)
         if not _refit_units(work, groups, top):

@@ -56,10 +56,12 @@ PEAKS_Q6_K = np.array(
      29.4, 29, 28.6),
     dtype=np.float32,
 )  # fmt: skip
-# Multipliers where the largest step of a superblock is tried to lie.
-TARGETS_Q3_K = np.array((-32, -30, -28), dtype=np.float32)
-TARGETS_Q3_K_PLAIN = np.array((-32,), dtype=np.float32)
-TARGETS_Q6_K = np.array((-128, 127), dtype=np.float32)
+# Multipliers where the largest step of a superblock is tried to lie: all of them where one group
+# has most of the weight, and luck with few values decides; else the first FEW of them.
+TARGETS_Q3_K = np.array((-32, -30, -28, -31, -29, -27, -26, -25, 31, 30, 29), dtype=np.float32)
+FEW_Q3_K, FEW_Q3_K_PLAIN, FEW_Q6_K = 3, 1, 2
+MOST = np.float32(0.25)  # of the weight of a superblock
+TARGETS_Q6_K = np.array((-128, 127, -125, -122, -119), dtype=np.float32)
 
 FIXED = np.float32(2.0**20)
 FIXED_NOISE = 64  # twice what cutting 32 errors to whole numbers can amount to
@@ -263,7 +265,7 @@ def choose_multipliers(lanes: Floats, d: np.float32, multiplier: Floats, least: 
 
 
 @jit
-def fit_superblock(lanes: Floats, peaks: Floats, targets: Floats, top: np.float32,
+def fit_superblock(lanes: Floats, peaks: Floats, targets: Floats, few: int, top: np.float32,
                    least: np.float32, rounds: int, multiplier: Floats) -> np.float32:  # fmt: skip
     """d, which fp16 holds, and multipliers of one superblock in lanes.
 
@@ -272,9 +274,14 @@ def fit_superblock(lanes: Floats, peaks: Floats, targets: Floats, top: np.float3
     sums, found = np.empty(48, np.float32), np.empty(48, np.float32)
     trial = np.empty(16, np.float32)
     best_steps(lanes, peaks, -top, top - ONE, found, sums)
+    heaviest, total = ZERO, ZERO
+    for g in range(LANES):
+        heaviest = max(heaviest, found[16 + g])
+        total += found[16 + g]
+    count = len(targets) if heaviest > MOST * total else few
     best, best_d = LARGEST, ZERO
-    for turn in range(len(targets) + rounds):
-        if turn < len(targets):
+    for turn in range(count + rounds):
+        if turn < count:
             d = common_step(found, least, targets[turn], trial)
         else:
             d = best_d
@@ -283,7 +290,7 @@ def fit_superblock(lanes: Floats, peaks: Floats, targets: Floats, top: np.float3
         if error < best:
             best, best_d = error, d
             multiplier[:] = trial
-        elif turn >= len(targets):
+        elif turn >= count:
             break
     return best_d
 
@@ -344,7 +351,7 @@ def pack_q6_k(levels: Bytes, d: np.float32, multiplier: Floats, out: Bytes) -> N
 
 @jit
 def encode_superblocks(x: Floats, weights: Floats, first: int, six: bool, peaks: Floats,
-                       targets: Floats, rounds: int, top: np.float32, least: np.float32,
+                       targets: Floats, few: int, rounds: int, top: np.float32, least: np.float32,
                        out: Bytes) -> None:  # fmt: skip
     """Q6_K or Q3_K: see `Kernel`."""
     lanes, multiplier = np.empty(2 * TILE, np.float32), np.empty(LANES, np.float32)
@@ -352,7 +359,7 @@ def encode_superblocks(x: Floats, weights: Floats, first: int, six: bool, peaks:
     for i in range(len(x)):
         row = weights[(first + i) % len(weights)] if len(weights) > 0 else x[i, :0]
         load_superblock(x[i], row, lanes)
-        d = fit_superblock(lanes, peaks, targets, top, least, rounds, multiplier)
+        d = fit_superblock(lanes, peaks, targets, few, top, least, rounds, multiplier)
         round_superblock(x[i], d, multiplier, top, levels)
         if six:
             pack_q6_k(levels, d, multiplier, out[i])
@@ -365,15 +372,17 @@ def encode_q3_k(x: Floats, weights: Floats, first: int, out: Bytes) -> None:
     top, least = np.float32(4), np.float32(-32)
     plain = len(weights) == 0
     peaks = PEAKS_Q3_K_PLAIN if plain else PEAKS_Q3_K
-    targets = TARGETS_Q3_K_PLAIN if plain else TARGETS_Q3_K
+    few = FEW_Q3_K_PLAIN if plain else FEW_Q3_K
     rounds = 1 if plain else ROUNDS
-    encode_superblocks(x, weights, first, False, peaks, targets, rounds, top, least, out)
+    encode_superblocks(x, weights, first, False, peaks, TARGETS_Q3_K, few, rounds, top, least, out)
 
 
 def encode_q6_k(x: Floats, weights: Floats, first: int, out: Bytes) -> None:
     """See `Kernel`."""
     top, least = np.float32(32), np.float32(-128)
-    encode_superblocks(x, weights, first, True, PEAKS_Q6_K, TARGETS_Q6_K, ROUNDS, top, least, out)
+    encode_superblocks(
+        x, weights, first, True, PEAKS_Q6_K, TARGETS_Q6_K, FEW_Q6_K, ROUNDS, top, least, out
+    )
 
 
 # MXFP4: value = code's value * 2^(exponent - 127)
