@@ -4,6 +4,7 @@ Owns: options, tables, progress bars, exit codes. Leaves out: all work. Errors a
 stderr, with exit code 2 for bad usage or input and 1 for work that failed; Ctrl-C is 130.
 """
 
+import io
 import json
 import os
 import signal
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130  # what a shell reports for a program that SIGINT stopped
 
+CALIBRATION_ONLY = (
+    "texts", "calibration_tokens", "sequence_length", "expert_floor", "seed", "compute_dtype",
+)  # fmt: skip
 LOG_WIDTH = 120  # columns of a table that goes to a file or a pipe
 
 # No markup: names of files and tensors may hold brackets.
@@ -46,13 +50,16 @@ class Commands(click.Group):
             err.print(Text("Error: ", style="bold red"), end="")
             err.print(str(error), soft_wrap=True)
             ctx.exit(error.exit_code)
+        except OSError as error:  # none is expected; a file system may still surprise
+            err.print(f"Error: {error}", soft_wrap=True)
+            ctx.exit(1)
         except (KeyboardInterrupt, click.Abort):
             err.print("\nStopped; nothing half-written was kept.")
             ctx.exit(INTERRUPTED)
 
 
 def _terminate(*_: Any) -> NoReturn:
-    raise KeyboardInterrupt  # SIGTERM ends like Ctrl-C, so that temporary files are removed
+    raise KeyboardInterrupt  # these end like Ctrl-C, so that temporary files are removed
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,7 +70,12 @@ def main() -> None:
     CHECKPOINT is a folder with config.json and safetensors, or a Hugging Face id (org/name, or
     org/name@revision). Memory holds one layer at a time, whatever the model's size.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that knows no "→" is no error
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\b")
 
@@ -137,13 +149,21 @@ _quant = click.option("--quant", "preset", default="Q4_K_M", show_default=True, 
               help="Then measure perplexity on TEXT, before and after.")  # fmt: skip
 @_force
 @_json
+@click.pass_context
 def export(
-    checkpoint: str, output: Path, text: Path | None, as_json: bool, **arguments: Any
+    ctx: click.Context,
+    /,
+    checkpoint: str,
+    output: Path,
+    text: Path | None,
+    as_json: bool,
+    **arguments: Any,
 ) -> None:
     """Calibrate, quantize and write a GGUF file in one go."""
     from moequant import pipeline, reports
     from moequant.evaluate.perplexity import text_windows
 
+    _refuse_idle_options(ctx)
     options = _export_options(arguments)
     opened = _open(checkpoint)
     windows = None if text is None else text_windows(opened.path, text)
@@ -159,6 +179,22 @@ def export(
         out.print(table)
 
 
+def _refuse_idle_options(ctx: click.Context) -> None:
+    """UsageError for options that were given and would have no effect."""
+    from moequant.errors import UsageError
+
+    def given(name: str) -> bool:
+        return ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+
+    if given("plan_file") and given("preset"):
+        raise UsageError("--quant has no use beside --plan, which has a type for every tensor.")
+    without = [name for name in ("imatrix_file", "no_calibration") if given(name)]
+    options = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+    idle = [options[name] for name in CALIBRATION_ONLY if given(name)]
+    if without and idle:
+        raise UsageError(f"{', '.join(idle)}: no use beside {options[without[0]]}.")
+
+
 def _export_options(arguments: dict[str, Any]) -> Any:
     from moequant.errors import UsageError
     from moequant.pipeline import ExportOptions
@@ -167,8 +203,6 @@ def _export_options(arguments: dict[str, Any]) -> Any:
     no_calibration = arguments.pop("no_calibration")
     if no_calibration and arguments["imatrix_file"] is not None:
         raise UsageError("--no-calibration and --imatrix exclude each other.")
-    if (no_calibration or arguments["imatrix_file"] is not None) and calibration.texts:
-        raise UsageError("--calibration has no use beside --imatrix or --no-calibration.")
     return ExportOptions(calibration=None if no_calibration else calibration, **arguments)
 
 
@@ -183,13 +217,14 @@ def calibrate(checkpoint: str, output: Path, force: bool, as_json: bool, **argum
     from moequant import reports
     from moequant.architectures import describe
     from moequant.calibrate import calibrate as measure
-    from moequant.gguf_export.writer import check_target
+    from moequant.files import check_distinct, check_target
     from moequant.pipeline import check_device
 
     options = _chosen_calibration(arguments)
     check_device(options.device)
-    check_target(output, force=force)
     opened = _open(checkpoint)
+    check_distinct([output], [opened.path, *options.texts])
+    check_target(output, force=force)
     model = describe(opened)
     with _progress(quiet=as_json) as progress:
         imatrix = measure(opened, model, options, progress)
@@ -214,14 +249,16 @@ def plan(
     """Write the type of every tensor to a JSON file; edit it and give it to `export --plan`."""
     from moequant import reports
     from moequant.architectures import describe
-    from moequant.gguf_export.writer import check_target
+    from moequant.files import check_distinct, check_target
     from moequant.pipeline import base_type
     from moequant.plan import preset_plan
 
-    check_target(output, force=force)
     opened = _open(checkpoint)
-    base = base_type(opened)
-    made = preset_plan(preset, describe(opened), has_imatrix=not no_imatrix, base=base)
+    check_distinct([output], [opened.path])
+    check_target(output, force=force)
+    model = describe(opened)
+    base = base_type(opened, model)
+    made = preset_plan(preset, model, has_imatrix=not no_imatrix, base=base)
     made.write(output)
     if as_json:
         _print_json(reports.plan_json(made))

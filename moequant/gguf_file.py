@@ -74,11 +74,14 @@ class GGUFFile:
 
 
 def is_gguf(path: Path) -> bool:
-    """True if `path` is a file that starts with GGUF's magic."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(MAGIC)) == MAGIC
+    """True if `path` is a file that starts with GGUF's magic; GGUFError if it cannot be read."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError as error:
+        raise GGUFError(f"{path}: {error.strerror or error}.") from error
 
 
 def read_gguf(path: Path) -> GGUFFile:

@@ -7,14 +7,15 @@ printing. No weight is read; a summary costs headers only.
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from moequant.architectures import describe
 from moequant.calibrate import Imatrix
 from moequant.checkpoint import open_checkpoint
-from moequant.errors import UsageError
+from moequant.checkpoint.hub import looks_like_path
+from moequant.errors import GGUFError, UsageError
 from moequant.gguf_file import GGUFFile, is_gguf, read_gguf
 from moequant.parameters import Parameters, count_parameters, is_expert
 
@@ -59,7 +60,8 @@ class Inspection:
 
     @property
     def bpw(self) -> float:
-        return 8 * self.nbytes / self.parameters.total if self.parameters else 0.0
+        total = self.parameters.total if self.parameters else 0
+        return 8 * self.nbytes / total if total else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Everything above as JSON-ready data, with `total` and bits per weight filled in."""
@@ -78,10 +80,10 @@ def inspect(source: str) -> Inspection:
     Raises:
         CheckpointError, ArchitectureError, GGUFError, ImatrixError: what `source` names is
             damaged or of a kind that is not served.
-        UsageError: a file that is none of these.
+        UsageError: a file that is none of these, or a path where nothing is.
     """
     path = Path(source)
-    if path.is_file():
+    if _is_file(path, source):
         if not is_gguf(path):
             raise UsageError(
                 f"{path} is neither a GGUF file nor a checkpoint folder. For a checkpoint, name "
@@ -92,6 +94,16 @@ def inspect(source: str) -> Inspection:
             return _imatrix(path, file)
         return _model_file(path, file)
     return _checkpoint(source)
+
+
+def _is_file(path: Path, source: str) -> bool:
+    """Whether a file is there; UsageError for what is meant as a path and leads nowhere."""
+    try:
+        if not path.exists() and looks_like_path(source):
+            raise UsageError(f"{source}: no such file or folder.")
+        return path.is_file()
+    except OSError as error:
+        raise UsageError(f"{source}: {error.strerror or error}.") from error
 
 
 def _checkpoint(source: str) -> Inspection:
@@ -115,19 +127,34 @@ def _checkpoint(source: str) -> Inspection:
 
 
 def _model_file(path: Path, file: GGUFFile) -> Inspection:
-    architecture = str(file.metadata.get("general.architecture", "unknown"))
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        architecture = "unknown"
     rows = [(t.name, t.qtype, prod(t.shape), t.nbytes) for t in file.tensors.values()]
     counts = (
-        int(file.metadata.get(f"{architecture}.expert_count", 0)),
-        int(file.metadata.get(f"{architecture}.expert_used_count", 0)),
+        _count(file, f"{architecture}.expert_count"),
+        _count(file, f"{architecture}.expert_used_count"),
     )
     return _summary(str(path), "gguf", architecture, rows, counts,
                     routed_share=_stored_share(file.metadata, counts[0]),
-                    thin_experts=list(file.metadata.get("moequant.experts.thin", [])),
+                    thin_experts=_stored_thin(file.metadata),
                     metadata=_readable(file.metadata))  # fmt: skip
 
 
+def _count(file: GGUFFile, key: str) -> int:
+    """A count in the metadata, 0 if it is not there; the largest where each layer has its own."""
+    value = file.metadata.get(key, 0)
+    counts = value if isinstance(value, list) else [value]
+    if any(type(count) is not int or count < 0 for count in counts):
+        raise GGUFError(f"{file.path}: {key} is {value!r:.80}, not a count.")
+    return max(counts, default=0)
+
+
 def _imatrix(path: Path, file: GGUFFile) -> Inspection:
+    for key in ("moequant.calibration.floor", "moequant.calibration.kappa"):
+        value = file.metadata.get(key, 0)
+        if type(value) not in (int, float) or not isfinite(value):
+            raise GGUFError(f"{file.path}: {key} is {value!r:.80}, not a number.")
     imatrix = Imatrix.read(path)
     rows = [
         RoleSize(role, "F32", len(group), sum(s.in_sum2.size for s in group), 0)
@@ -200,25 +227,41 @@ def _summary(
     )
 
 
+def _stored_thin(metadata: dict[str, Any]) -> list[str]:
+    """The lines that `moequant.experts.thin` keeps; nothing if they are no text."""
+    thin = metadata.get("moequant.experts.thin")
+    is_text = isinstance(thin, list) and all(isinstance(line, str) for line in thin)
+    return thin if is_text else []
+
+
 def _stored_share(metadata: dict[str, Any], expert_count: int) -> dict[int, list[float]]:
-    """The routed share that `moequant.experts.*` keeps; nothing if lengths do not agree."""
-    layers = metadata.get("moequant.experts.layers", [])
-    flat = metadata.get("moequant.experts.routed_share", [])
-    if not expert_count or len(flat) != expert_count * len(layers):
+    """The routed share that `moequant.experts.*` keeps; nothing if it is not layers and shares."""
+    layers = metadata.get("moequant.experts.layers")
+    flat = metadata.get("moequant.experts.routed_share")
+    if not expert_count or not isinstance(layers, list) or not isinstance(flat, list):
         return {}
-    return {
-        int(bid): flat[i * expert_count : (i + 1) * expert_count] for i, bid in enumerate(layers)
-    }
+    if len(flat) != expert_count * len(layers) or any(type(bid) is not int for bid in layers):
+        return {}
+    if any(type(share) is not float or not 0 <= share <= 1 for share in flat):
+        return {}
+    return {bid: flat[i * expert_count : (i + 1) * expert_count] for i, bid in enumerate(layers)}
 
 
 def _readable(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Metadata with long arrays and templates replaced by their length."""
+    """Metadata with long arrays and templates replaced by their length, as JSON can hold it."""
     shown: dict[str, Any] = {}
     for key, value in metadata.items():
         if isinstance(value, list) and len(value) > HIDDEN_ARRAYS:
             shown[key] = f"[{len(value)} values]"
-        elif key == "tokenizer.chat_template":
+        elif isinstance(value, list):
+            shown[key] = [_finite(item) for item in value]
+        elif key == "tokenizer.chat_template" and isinstance(value, str):
             shown[key] = f"({len(value)} characters)"
         else:
-            shown[key] = value
+            shown[key] = _finite(value)
     return shown
+
+
+def _finite(value: Any) -> Any:
+    """The value, or its name where JSON has no number for it: "nan", "inf", "-inf"."""
+    return str(value) if isinstance(value, float) and not isfinite(value) else value

@@ -15,18 +15,19 @@ from moequant.architectures import ModelSpec, describe
 from moequant.calibrate import CalibrationOptions, Imatrix, calibrate
 from moequant.calibrate.weights import WeightSource
 from moequant.checkpoint import Checkpoint
-from moequant.errors import UsageError
+from moequant.errors import ImatrixError, UsageError, listing
 from moequant.evaluate.gguf_weights import GGUFWeights
 from moequant.evaluate.perplexity import Perplexity, perplexity
+from moequant.files import check_distinct, check_target
 from moequant.gguf_export.metadata import gguf_metadata
 from moequant.gguf_export.model_file import UNWEIGHTED, write_model
 from moequant.gguf_export.provenance import provenance
-from moequant.gguf_export.writer import check_target
 from moequant.gguf_file import read_gguf
 from moequant.parameters import Parameters, count_parameters
 from moequant.plan import PRESETS, Plan, preset_plan
 
 Progress = Callable[[str, int, int], None]
+OUTPUT = "output.weight"  # llama-imatrix names it so in tied models too
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,14 @@ class ExportResult:
     plan: Plan
     imatrix: Imatrix | None
     parameters: Parameters
-    file_bytes: int
     source_bytes: int  # of the tensors that were exported, as the checkpoint stores them
     unweighted: tuple[str, ...]  # tensors that had no entry in the imatrix
+    edited: tuple[str, ...]  # tensors whose type is not the preset's
+    notes: tuple[str, ...]  # what a user should know and no table says
+
+    @property
+    def file_bytes(self) -> int:
+        return self.path.stat().st_size
 
 
 @dataclass(frozen=True)
@@ -81,25 +87,28 @@ def export(
     check_device(options.device)
     model = describe(checkpoint)
     plan = make_plan(checkpoint, model, options)
-    _check_targets(path, plan, options)
+    _check_targets(checkpoint, path, plan, options)
+    # before calibration, which may take hours: a tokenizer that is not served fails here
+    metadata = gguf_metadata(model, checkpoint, file_type=PRESETS[plan.preset].file_type)
     imatrix = obtain_imatrix(checkpoint, model, plan, options, progress)
-    unweighted = _unweighted(plan, imatrix)
     if options.save_imatrix is not None and imatrix is not None:
         imatrix.write(options.save_imatrix)
     if options.save_plan is not None:
         plan.write(options.save_plan)
-    parameters = model_parameters(model)
-    metadata = [
-        *gguf_metadata(model, checkpoint, file_type=PRESETS[plan.preset].file_type),
-        *provenance(checkpoint, plan, imatrix, parameters),
-    ]
-    write_model(path, checkpoint, model, plan, imatrix, metadata, options.device, progress)
-    return ExportResult(
-        path, checkpoint, model, plan, imatrix, parameters,
-        file_bytes=path.stat().st_size,
+    used = imatrix if plan_uses_importance(plan) else None
+    result = ExportResult(
+        path, checkpoint, model, plan, used,
+        parameters=model_parameters(model),
         source_bytes=_source_bytes(checkpoint, model),
-        unweighted=unweighted,
+        unweighted=_unweighted(plan, used),
+        edited=_edited(plan, model),
+        notes=_notes(checkpoint, used),
     )  # fmt: skip
+    source = None if options.imatrix_file is None else options.imatrix_file.name
+    metadata += provenance(checkpoint, plan, used, result.parameters, source=source,
+                           unweighted=result.unweighted, edited=result.edited)  # fmt: skip
+    write_model(path, checkpoint, model, plan, used, metadata, options.device, progress)
+    return result
 
 
 def check_device(device: str) -> None:
@@ -121,13 +130,18 @@ def make_plan(checkpoint: Checkpoint, model: ModelSpec, options: ExportOptions) 
         plan.check(model)
         return plan
     has_imatrix = options.imatrix_file is not None or options.calibration is not None
-    return preset_plan(options.preset, model, has_imatrix=has_imatrix, base=base_type(checkpoint))
+    base = base_type(checkpoint, model)
+    return preset_plan(options.preset, model, has_imatrix=has_imatrix, base=base)
 
 
-def base_type(checkpoint: Checkpoint) -> str:
+def base_type(checkpoint: Checkpoint, model: ModelSpec) -> str:
     """The float type of what is not quantized: the converter's `--outtype auto`."""
-    dtypes = {info.dtype for info in checkpoint.tensors.values()}
-    return "BF16" if torch.bfloat16 in dtypes else "F16"
+    for spec in model.tensors:
+        for source in spec.sources[:1]:
+            dtype = checkpoint.tensors[source].dtype
+            if len(spec.shape) > 1 and dtype in (torch.bfloat16, torch.float16):
+                return "BF16" if dtype == torch.bfloat16 else "F16"
+    return "F16"
 
 
 def obtain_imatrix(
@@ -137,10 +151,17 @@ def obtain_imatrix(
     options: ExportOptions,
     progress: Progress = lambda *_: None,
 ) -> Imatrix | None:
-    """Read or measure importance; None where it is switched off or no type of the plan uses it."""
+    """Read or measure importance; None where it is switched off or nobody wants it.
+
+    Raises:
+        ImatrixError: the file is damaged or of another model.
+    """
     if options.imatrix_file is not None:
-        return Imatrix.read(options.imatrix_file)
-    if options.calibration is None or not plan_uses_importance(plan):
+        imatrix = Imatrix.read(options.imatrix_file)
+        _check_imatrix(options.imatrix_file, imatrix, model)
+        return imatrix
+    wanted = plan_uses_importance(plan) or options.save_imatrix is not None
+    if options.calibration is None or not wanted:
         return None
     return calibrate(checkpoint, model, options.calibration, progress)
 
@@ -185,12 +206,20 @@ def _named(stage: str, progress: Progress) -> Progress:
     return lambda _, done, total: progress(f"perplexity {stage}", done, total)
 
 
-def _unweighted(plan: Plan, imatrix: Imatrix | None) -> tuple[str, ...]:
-    """Tensors that will be quantized without importance although there is an imatrix.
+def _check_imatrix(path: Path, imatrix: Imatrix, model: ModelSpec) -> None:
+    """ImatrixError if the statistics are not this model's: other shapes, or tensors it lacks."""
+    matrices = {t.name: (t.n_matrices, t.shape[-1]) for t in model.tensors if len(t.shape) > 1}
+    unknown = [name for name in imatrix.entries if name not in matrices and name != OUTPUT]
+    if unknown:
+        raise ImatrixError(
+            f"{path} belongs to another model; it has {len(unknown)} tensors that this one has "
+            f"not:{listing(unknown)}"
+        )
+    imatrix.check((name, *sizes) for name, sizes in matrices.items())
 
-    Raises:
-        ImatrixError: the imatrix is of another model.
-    """
+
+def _unweighted(plan: Plan, imatrix: Imatrix | None) -> tuple[str, ...]:
+    """Tensors that will be quantized without importance although there is an imatrix."""
     if imatrix is None:
         return ()
     return imatrix.check(
@@ -200,16 +229,38 @@ def _unweighted(plan: Plan, imatrix: Imatrix | None) -> tuple[str, ...]:
     )
 
 
+def _edited(plan: Plan, model: ModelSpec) -> tuple[str, ...]:
+    """Tensors whose type is not the one the plan's preset gives them."""
+    preset = preset_plan(plan.preset, model, has_imatrix=plan.has_imatrix, base=plan.base)
+    return tuple(name for name, qtype in plan.types.items() if preset.types[name] != qtype)
+
+
+def _notes(checkpoint: Checkpoint, imatrix: Imatrix | None) -> tuple[str, ...]:
+    """A warning where the imatrix was measured on a checkpoint that differs from this one."""
+    if imatrix is None:
+        return ()
+    digest = imatrix.metadata.get("moequant.checkpoint.digest")
+    if digest in (None, checkpoint.digest()):
+        return ()
+    name = imatrix.metadata.get("moequant.checkpoint.name")
+    return (f"the imatrix was measured on another checkpoint ({name}); shapes fit, so it is used",)
+
+
 def _source_bytes(checkpoint: Checkpoint, model: ModelSpec) -> int:
     infos = (checkpoint.tensors[name] for spec in model.tensors for name in spec.sources)
     return sum(info.stop - info.start for info in infos)
 
 
-def _check_targets(path: Path, plan: Plan, options: ExportOptions) -> None:
+def _check_targets(checkpoint: Checkpoint, path: Path, plan: Plan, options: ExportOptions) -> None:
     """Every place that will be written to, before any work is done."""
     if options.save_imatrix is not None and options.calibration is None:
         raise UsageError("--save-imatrix and --no-calibration exclude each other.")
+    if options.save_imatrix is not None and options.imatrix_file is not None:
+        raise UsageError("--save-imatrix has no use beside --imatrix.")
+    extras = [extra for extra in (options.save_imatrix, options.save_plan) if extra is not None]
+    texts = () if options.calibration is None else options.calibration.texts
+    files = [file for file in (options.imatrix_file, options.plan_file) if file is not None]
+    check_distinct([path, *extras], [checkpoint.path, *files, *texts])
     check_target(path, force=options.force, needed=plan.size_bytes)
-    for extra in (options.save_imatrix, options.save_plan):
-        if extra is not None:
-            check_target(extra, force=options.force)
+    for extra in extras:
+        check_target(extra, force=options.force)

@@ -45,12 +45,16 @@ def export_tables(result: "ExportResult", fidelity: "Fidelity | None") -> list[R
     if result.imatrix is not None:
         tables += _thin_notes([str(expert) for expert in result.imatrix.thin_experts()])
     tables += _unweighted_notes(result.unweighted)
+    tables += [Text(note, style="yellow") for note in result.notes]
+    if result.model.left_out:
+        tables.append(_left_out(list(result.model.left_out)))
     table = _grid(str(result.path))
     table.add_row("architecture", result.model.architecture)
     parameters = result.parameters
     table.add_row("parameters", f"{count(parameters.total)} total, {count(parameters.active)} "
                   f"active per token, {count(parameters.expert)} in experts")  # fmt: skip
-    table.add_row("types", f"{result.plan.preset}: {_type_shares(result.plan)}")
+    edited = f", {len(result.edited)} tensors edited" if result.edited else ""
+    table.add_row("types", f"{result.plan.preset}{edited}: {_type_shares(result.plan)}")
     table.add_row("size", f"{size(result.file_bytes)} file, {size(result.plan.size_bytes)} tensors "
                   f"({size(result.source_bytes)} in the checkpoint)")  # fmt: skip
     table.add_row("bits per weight", f"{result.plan.bpw:.2f}")
@@ -72,6 +76,9 @@ def export_json(result: "ExportResult", fidelity: "Fidelity | None") -> dict[str
         "parameters": _parameters(result.parameters),
         **plan_json(result.plan),
         "unweighted": list(result.unweighted),
+        "edited": list(result.edited),
+        "notes": list(result.notes),
+        "left_out": list(result.model.left_out),
     }
     if result.imatrix is not None:
         data["thin_experts"] = [str(expert) for expert in result.imatrix.thin_experts()]
@@ -250,7 +257,7 @@ def _unweighted_notes(names: tuple[str, ...]) -> list[RenderableType]:
     """Tensors that a search quantized without importance although an imatrix was there."""
     if not names:
         return []
-    return [Text(f"quantized without importance: {', '.join(names)}")]
+    return [Text(f"quantized without importance (not in the imatrix): {', '.join(names)}")]
 
 
 def _type_shares(plan: Plan) -> str:

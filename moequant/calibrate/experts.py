@@ -25,6 +25,8 @@ EXPERTS_IMPLEMENTATION = "moequant"
 Side = Literal["input", "inner"]
 """Before gate and up, or before down."""
 
+_LARGEST = 2.0**100  # of a lent token: float32, which ends at 2^128, has room for 2^28 of them
+
 
 class ExpertStatistics:
     """Sums of one layer, by expert; float64.
@@ -55,13 +57,19 @@ class ExpertStatistics:
             self._row(self.gate_in_sum2, side, expert, weight.float() @ squares)
 
     def add_near_miss(self, expert: int, sides: dict[Side, Tensor], gates: Tensor) -> None:
-        """Tokens lent to `expert`, as `add_routed`; gates are what they would have been."""
+        """Tokens lent to `expert`, as `add_routed`; gates are what they would have been.
+
+        Tokens that overflow in the expert, which the model never runs them through, are left out.
+        """
         weight = gates.double().square()
-        self.near_miss_counts[expert] += len(gates)
+        squares = {side: values.float().square().double() for side, values in sides.items()}
+        largest = torch.stack([values.amax(-1) for values in squares.values()]).amax(0)
+        sound = (largest <= _LARGEST) & (weight <= _LARGEST) & (weight * largest <= _LARGEST)
+        weight = weight[sound]
+        self.near_miss_counts[expert] += len(weight)
         self.near_miss_gate_counts[expert] += weight.sum().cpu()
-        for side, values in sides.items():
-            squares = values.float().square()
-            self._row(self.near_miss_in_sum2, side, expert, weight.float() @ squares)
+        for side, values in squares.items():
+            self._row(self.near_miss_in_sum2, side, expert, weight @ values[sound])
 
     def _row(self, sums: dict[Side, Tensor], side: Side, expert: int, row: Tensor) -> None:
         if side not in sums:
@@ -72,8 +80,7 @@ class ExpertStatistics:
 class ExpertObserver:
     """Takes the statistics of a layer's experts and, if asked, keeps what near misses need.
 
-    Kept, on the CPU: `inputs` (tokens, hidden) in the compute dtype, `chosen` and `gates`
-    (tokens, k).
+    Kept, on the CPU: the inputs, in the compute dtype (`rows`), `chosen` and `gates` (tokens, k).
     """
 
     def __init__(self, experts: int, *, keep: bool) -> None:
@@ -91,10 +98,19 @@ class ExpertObserver:
             self._chosen.append(chosen.cpu())
             self._gates.append(gates.cpu())
 
-    @property
-    def inputs(self) -> Tensor:
-        """Inputs of the experts, (tokens, hidden)."""
-        return torch.cat(self._inputs)
+    def forget(self) -> None:
+        """Let go of what was kept; the statistics stay."""
+        self._inputs, self._chosen, self._gates = [], [], []
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Inputs of the experts for `tokens` (n,): (n, hidden), without joining all batches."""
+        found = self._inputs[0].new_empty(len(tokens), self._inputs[0].shape[-1])
+        start = 0
+        for part in self._inputs:
+            inside = (tokens >= start) & (tokens < start + len(part))
+            found[inside] = part[tokens[inside] - start]
+            start += len(part)
+        return found
 
     @property
     def chosen(self) -> Tensor:

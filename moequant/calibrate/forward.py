@@ -179,11 +179,7 @@ class StreamedModel:
         the output matrix is read once. The model's own head runs, so that soft-capping and scaling
         are transformers'.
         """
-        tied = f"{self._model.base_model_prefix}.embed_tokens.weight"
-        checkpoint_name = self.names.checkpoint_name
-        name = checkpoint_name("lm_head.weight") or checkpoint_name(tied)
-        if name is None:
-            raise ArchitectureError("the checkpoint has neither lm_head.weight nor embeddings")
+        name = _output_matrix(self.spec)
         head = copy.deepcopy(self._model)
         for start in range(0, self.spec.vocab_size, _VOCABULARY_SLICE):
             stop = min(start + _VOCABULARY_SLICE, self.spec.vocab_size)
@@ -219,6 +215,12 @@ class StreamedModel:
                 setattr(part, buffer, empty)
             if computed:
                 self._model._init_weights(part)
+
+
+def _output_matrix(spec: ModelSpec) -> str:
+    """The checkpoint's name of the output matrix: of its own, or else of the embeddings."""
+    wanted = "token_embd.weight" if spec.tied_embeddings else "output.weight"
+    return next(tensor.sources[0] for tensor in spec.tensors if tensor.name == wanted)
 
 
 class _Recorder(nn.Module):

@@ -11,6 +11,7 @@ module a GGUF tensor belongs to follows from the checkpoint tensors it is made o
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +26,7 @@ from moequant.calibrate.experts import (
 from moequant.calibrate.imatrix import MatrixStatistics
 from moequant.calibrate.near_miss import Routing, near_misses, probabilities, router_output
 from moequant.calibrate.weights import WeightNames
+from moequant.errors import CalibrationError
 
 
 @dataclass
@@ -106,13 +108,14 @@ class LayerObserver:
     @torch.inference_mode()
     def feed_starved(self) -> None:
         """Lend tokens to experts below the floor; to be called after the last batch."""
-        if not self._floor or self._experts is None:
+        if self._experts is None:
             return
         sums, device = self._observer.statistics, next(self._experts.parameters()).device
+        if not bool((sums.counts < self._floor).any()):
+            return
         routing = Routing(torch.cat(self._scores), self._observer.chosen, self._observer.gates)
-        inputs = self._observer.inputs
         for expert, tokens, gates in near_misses(routing, sums.counts, self._floor):
-            entering = inputs[tokens].to(device)
+            entering = self._observer.rows(tokens).to(device)
             inner = inner_activation(self._experts, expert, entering)
             sides: dict[Side, Tensor] = {"input": entering, "inner": inner}
             sums.add_near_miss(expert, sides, gates.to(device))
@@ -121,16 +124,34 @@ class LayerObserver:
         """Take the hooks away; what was kept for near misses is let go."""
         for hook in self._hooks:
             hook.remove()
+        self._scores.clear()
         if self._experts is not None:
             observe_experts(self._experts, None)
+            self._observer.forget()
 
     def entries(self) -> dict[str, MatrixStatistics]:
-        """The sums by GGUF tensor name."""
+        """The sums by GGUF tensor name; raises CalibrationError where they are not finite."""
         made = {n: linear_entry(self._linears[module]) for n, module in self._module_of.items()}
         for tensor in self._expert_tensors:
             side: Side = "inner" if "_down_" in tensor.role else "input"
             made[tensor.name] = _expert(self._observer.statistics, side, self._floor > 0)
+        for name, entry in made.items():
+            check_sums(name, entry)
         return made
+
+
+def check_sums(name: str, entry: MatrixStatistics) -> None:
+    """Raise CalibrationError, naming tensor and expert, for sums that float32 does not hold."""
+    sums = [part for part in vars(entry).values() if part is not None]
+    sound = np.stack([np.isfinite(part).reshape(len(part), -1).all(1) for part in sums]).all(0)
+    if sound.all():
+        return
+    bad = np.flatnonzero(~sound).tolist()
+    of = f", expert {', '.join(map(str, bad))}" if len(sound) > 1 else ""
+    raise CalibrationError(
+        f"{name}{of}: the sums of squared inputs are not finite; "
+        "try --compute-dtype float32, or check the weights"
+    )
 
 
 def linear_entry(sums: LinearStatistics) -> MatrixStatistics:

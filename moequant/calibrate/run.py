@@ -9,7 +9,7 @@ import moequant
 from moequant.architectures import ModelSpec
 from moequant.calibrate.forward import Batch, Progress, StreamedModel
 from moequant.calibrate.imatrix import Imatrix, MatrixStatistics
-from moequant.calibrate.observe import LayerObserver, LinearStatistics, linear_entry
+from moequant.calibrate.observe import LayerObserver, LinearStatistics, check_sums, linear_entry
 from moequant.calibrate.text import Corpus, read_corpus
 from moequant.calibrate.windows import (
     choose_windows,
@@ -72,10 +72,10 @@ def observe_model(
             )
             for batch in batches:
                 model.run_layer(layer, bid, batch)
+            _check_finite(bid, batches)
             observer.feed_starved()
             observer.close()
             entries |= observer.entries()
-        _check_finite(bid, batches)
         if progress:
             progress("calibrate", bid + 1, spec.block_count)
     if options.process_output:
@@ -89,7 +89,9 @@ def _output_entry(model: StreamedModel, batches: list[Batch]) -> dict[str, Matri
     for batch in batches:
         sums.add(model.final_norm(batch.hidden))
     name = "token_embd.weight" if model.spec.tied_embeddings else "output.weight"
-    return {name: linear_entry(sums)}
+    entry = linear_entry(sums)
+    check_sums(name, entry)
+    return {name: entry}
 
 
 def _check_ids(windows: torch.Tensor, spec: ModelSpec) -> None:

@@ -1,7 +1,8 @@
 """Packs a model into a GGUF file: each tensor read, quantized as planned, and streamed out.
 
 Owns: the walk over the tensors and the rows of each. Leaves out: the plan, the encoders, and the
-file format. Memory holds one matrix as the checkpoint stores it and one chunk of it in float32.
+file format. Memory holds one matrix as the checkpoint stores it and one chunk of it in float32; of
+an embedding table, one chunk.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 import torch
 
 from moequant.architectures import ModelSpec, TensorSpec
+from moequant.architectures.ops import Copy
 from moequant.calibrate import Imatrix
 from moequant.checkpoint import Checkpoint, check_finite
 from moequant.gguf_export.metadata import MetadataEntry
@@ -83,11 +85,28 @@ def _pack(
         raise AssertionError(f"the plan gave {qtype} to rows of {cols}")
     step = max(1, CHUNK_VALUES // cols)
     for index in range(spec.n_matrices):
-        values = spec.load(checkpoint, index if len(spec.shape) == 3 else None)
-        if spec.sources:
-            source = spec.sources[index if len(spec.sources) > 1 else 0]
-            check_finite(source, values, checkpoint.tensors[source].file)
-        for rows in values.reshape(-1, cols).split(step):
-            row = None if importance is None else importance[index].to(device)
-            packed = quantize(rows.to(device, torch.float32), qtype, row)
-            yield packed.cpu().numpy().reshape(-1).data
+        row = None if importance is None else importance[index].to(device)
+        for values in _load(checkpoint, spec, index, step):
+            if spec.sources:
+                source = spec.sources[index if len(spec.sources) > 1 else 0]
+                check_finite(source, values, checkpoint.tensors[source].file)
+            for rows in values.reshape(-1, cols).split(step):
+                packed = quantize(rows.to(device, torch.float32), qtype, row)
+                yield packed.cpu().numpy().reshape(-1).data
+
+
+def _load(
+    checkpoint: Checkpoint, spec: TensorSpec, index: int, step: int
+) -> Iterator[torch.Tensor]:
+    """Matrix `index` of a tensor; one that is stored as it is, `step` rows at a time.
+
+    Embedding tables are the largest matrices of a model, and stored so.
+    """
+    if len(spec.shape) == 3:
+        yield spec.load(checkpoint, index)
+    elif len(spec.shape) == 2 and isinstance(spec.op, Copy):
+        for start in range(0, spec.shape[0], step):
+            stop = min(start + step, spec.shape[0])
+            yield checkpoint.read_slice(spec.sources[0], start, stop)
+    else:
+        yield spec.load(checkpoint)

@@ -3,6 +3,7 @@
 Owns: those keys (documented in docs/formats.md). Leaves out: every key that llama.cpp reads.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from gguf import GGUFValueType
@@ -23,8 +24,16 @@ def provenance(
     plan: Plan,
     imatrix: Imatrix | None,
     parameters: Parameters,
+    *,
+    source: str | None,
+    unweighted: Sequence[str],
+    edited: Sequence[str],
 ) -> list[MetadataEntry]:
-    """Every `moequant.*` entry of a file; those about calibration only where there was one."""
+    """Every `moequant.*` entry of a file; those about calibration only where there was one.
+
+    `source`: the name of the imatrix file, None if importance was measured. `unweighted`: tensors
+    without importance. `edited`: tensors whose type is not the preset's.
+    """
     entries = [
         _text("moequant.version", moequant.__version__),
         _text("moequant.source.name", checkpoint.name),
@@ -39,9 +48,13 @@ def provenance(
     if plan.fallbacks:
         lines = [f"{t.name} {t.wanted} -> {t.qtype}: {t.reason}" for t in plan.fallbacks]
         entries.append(_array("moequant.plan.fallbacks", lines, GGUFValueType.STRING))
-    if imatrix is not None:
-        entries += _calibration(imatrix)
-    return entries
+    for key, names in (("plan.edited", edited), ("plan.unweighted", unweighted)):
+        if names:
+            entries.append(_array(f"moequant.{key}", list(names), GGUFValueType.STRING))
+    if imatrix is None:
+        return [*entries, _text("moequant.calibration.source", "none")]
+    entries.append(_text("moequant.calibration.source", source or "measured"))
+    return entries + _calibration(imatrix)
 
 
 def _calibration(imatrix: Imatrix) -> list[MetadataEntry]:
@@ -49,8 +62,13 @@ def _calibration(imatrix: Imatrix) -> list[MetadataEntry]:
     entries = [
         MetadataEntry(key, value, VALUE_TYPES[type(value)])
         for key, value in sorted(imatrix.metadata.items())
-        if key.startswith("moequant.calibration.")
+        if key.startswith(("moequant.calibration.", "moequant.checkpoint."))
+        and type(value) in VALUE_TYPES
     ]
+    if imatrix.datasets:
+        entries.append(
+            _array("moequant.calibration.datasets", list(imatrix.datasets), GGUFValueType.STRING)
+        )
     shares = imatrix.routed_share()
     if shares:
         entries.append(_array("moequant.experts.layers", list(shares), UINT32))

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import gguf
 import numpy as np
 
-from moequant.errors import ExportError, UsageError, listing
+from moequant.errors import ExportError, GGUFError, listing
 from moequant.files import replacing
 from moequant.gguf_file import read_gguf
 
@@ -43,30 +43,6 @@ class TensorToWrite:
     shape: tuple[int, ...]
     qtype: str
     nbytes: int
-
-
-def check_target(path: Path, *, force: bool, needed: int = 0) -> None:
-    """Everything about the output's place that can be known before the work starts.
-
-    Raises:
-        UsageError: the file exists and `force` is off, or its folder is missing or unwritable.
-        ExportError: the disk has less than `needed` bytes free.
-    """
-    folder = path.absolute().parent
-    if path.is_dir():
-        raise UsageError(f"{path} is a folder; name a file, e.g. {path / 'model.gguf'}.")
-    if path.exists() and not force:
-        raise UsageError(f"{path} exists. Choose another name, or --force to replace it.")
-    if not folder.is_dir():
-        raise UsageError(f"{folder} does not exist; create it first.")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder} cannot be written to; choose another place.")
-    status = os.statvfs(folder)
-    free = status.f_bavail * status.f_frsize
-    if free < needed:
-        raise ExportError(
-            f"{path} needs {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free."
-        )
 
 
 def write_gguf(
@@ -148,7 +124,10 @@ def _sync(file: BinaryIO) -> None:
 
 def _check(path: Path, tensors: Sequence[TensorToWrite], hashes: Sequence[bytes]) -> None:
     """Read the file back with the strict reader and compare each tensor with what was packed."""
-    found = read_gguf(path)
+    try:
+        found = read_gguf(path)
+    except GGUFError as error:
+        raise ExportError(f"what was written cannot be read back: {error}") from error
     wrong = []
     for tensor, expected in zip(tensors, hashes, strict=True):
         digest = hashlib.blake2b()

@@ -1,9 +1,9 @@
 """Quantize and dequantize rows: GGUF's block formats, on CPU or CUDA.
 
 Owns: the public functions, the checks of what comes in, cutting the work into chunks, threads.
-Leaves out: the layouts (`layout`); decoders and encoders in torch, for CUDA (`blocks`, `legacy`,
-`k_asymmetric`, `k_symmetric`, `nonlinear`); the compiled encoders, for the CPU (`compiled`,
-`compiled_*`).
+Leaves out: the layouts (`moequant.qtypes`); decoders and encoders in torch, for CUDA (`blocks`,
+`legacy`, `k_asymmetric`, `k_symmetric`, `nonlinear`); the compiled encoders, for the CPU
+(`compiled`, `compiled_*`).
 
 Bytes depend on the values and the importance alone: not on the number of threads, the chunks, or
 which other rows come along.
@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moequant.qtypes import QUANT_TYPES, QuantType
 from moequant.quants import k_asymmetric, k_symmetric, legacy, nonlinear
 from moequant.quants.blocks import Codec
-from moequant.quants.layout import QUANT_TYPES, QuantType
 
 if TYPE_CHECKING:
     from moequant.quants.compiled import Kernel
@@ -74,10 +74,9 @@ def quantize(
     _check_values(x, layout, codec)
     weights = None
     if importance is not None:
-        weights = _normalised(_checked_importance(importance, x), layout)
+        importance = _checked_importance(importance, x)
+        weights = _normalised(importance, layout) if codec.weighted else None
     blocks = x.reshape(-1, layout.block_size)
-    if not codec.weighted:
-        weights = None
     out = torch.empty(len(blocks), layout.type_size, dtype=torch.uint8, device=x.device)
     kernel = None if compiled is False or x.is_cuda else kernels().get(qtype)
     if kernel is not None:

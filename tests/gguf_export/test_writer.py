@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from moequant.errors import ExportError, UsageError
+from moequant.files import check_distinct, check_target
 from moequant.gguf_export import writer
 from moequant.gguf_export.metadata import MetadataEntry
-from moequant.gguf_export.writer import TensorToWrite, check_target, write_gguf
+from moequant.gguf_export.writer import TensorToWrite, write_gguf
 from moequant.gguf_file import read_gguf
 
 METADATA = [
@@ -85,9 +86,7 @@ def test_a_failing_write_keeps_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_bit_that_flips_on_disk_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bit_that_flips_on_disk_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = writer._sync
 
     def flip(file: object) -> None:
@@ -172,3 +171,54 @@ def test_places_that_cannot_be_written_are_named_before_any_work(tmp_path: Path)
     with pytest.raises(ExportError, match="needs 1000000000.00 GB"):
         check_target(tmp_path / "model.gguf", force=False, needed=10**18)
     check_target(existing, force=True)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(UsageError, match="cannot be written to; choose another place"):
+        check_target(tmp_path / "model.gguf", force=False)
+
+
+def test_names_that_no_file_can_have_and_things_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot be written: File name too long"):
+        check_target(tmp_path / ("x" * 300), force=False)
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    with pytest.raises(UsageError, match="is no regular file"):
+        check_target(fifo, force=True)
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="exists"):
+        check_target(dangling, force=False)
+
+
+def test_a_long_name_can_be_written(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 250 + ".gguf")
+    check_target(path, force=False)
+    write_gguf(path, "gemma4", METADATA, TENSORS, pieces)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+    target, link = tmp_path / "target.gguf", tmp_path / "link.gguf"
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    write_gguf(link, "gemma4", METADATA, TENSORS, pieces)
+    assert link.is_symlink()
+    assert target.read_bytes()[:4] == b"GGUF"
+
+
+def test_outputs_that_are_inputs_or_each_other_are_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    shard = folder / "model.safetensors"
+    shard.touch()
+    (tmp_path / "link").symlink_to(shard)
+    for output in (shard, tmp_path / "link"):
+        with pytest.raises(UsageError, match="belongs to what is read"):
+            check_distinct([output], [folder])
+    with pytest.raises(UsageError, match="two outputs"):
+        check_distinct([tmp_path / "a", folder / ".." / "a"], [])
+    check_distinct([tmp_path / "a", folder / "new.gguf"], [folder])

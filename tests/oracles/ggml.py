@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from moequant.quants.layout import QUANT_TYPES
+from moequant.qtypes import QUANT_TYPES
 from moequant.runtime.llama_cpp import LlamaCpp
 
 FLOATS = ctypes.POINTER(ctypes.c_float)

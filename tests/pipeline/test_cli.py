@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from moequant.cli import main
+from moequant.gguf_file import read_gguf
 from moequant.plan import PRESETS
 from tests.checkpoints import make_checkpoint
 
@@ -68,7 +69,13 @@ def test_the_stages_one_by_one_give_the_same_file(checkpoint: Path, tmp_path: Pa
     assert run("plan", checkpoint, "-o", plan).exit_code == 0
     result = run("export", checkpoint, "-o", parts, "--plan", plan, "--imatrix", imatrix)
     assert result.exit_code == 0, result.output
-    assert parts.read_bytes() == whole.read_bytes()
+    one, other = read_gguf(whole), read_gguf(parts)
+    assert one.metadata.pop("moequant.calibration.source") == "measured"
+    assert other.metadata.pop("moequant.calibration.source") == imatrix.name
+    assert one.metadata == other.metadata
+    assert one.tensors.keys() == other.tensors.keys()
+    for name in one.tensors:
+        assert (one.read(name) == other.read(name)).all(), name
 
 
 def test_export_keeps_plan_and_imatrix_if_asked(checkpoint: Path, tmp_path: Path) -> None:
@@ -91,6 +98,8 @@ def test_an_edited_plan_is_followed(checkpoint: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
     assert types[name] == "Q3_K"
+    assert gguf.GGUFReader(path).fields["moequant.plan.edited"].contents() == [name]
+    assert "1 tensors edited" in result.output
 
 
 def test_inspect_shows_a_checkpoint_a_file_and_an_imatrix(checkpoint: Path, tmp_path: Path) -> None:
@@ -156,6 +165,77 @@ def test_bad_usage_is_one_message_and_exit_code_2(checkpoint: Path, tmp_path: Pa
     missing = tmp_path / "missing.txt"
     assert "missing.txt" in refused(2, "export", checkpoint, "-o", path, "--calibration", missing)
     assert not path.exists()
+
+
+def test_options_without_effect_and_files_used_twice_are_refused(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    path, plan = tmp_path / "model.gguf", tmp_path / "plan.json"
+    run("plan", checkpoint, "-o", plan)
+    export = ("export", checkpoint, "-o", path)
+    assert "--seed" in refused(2, *export, "--no-calibration", "--seed", 5)
+    assert "--quant" in refused(2, *export, "--plan", plan, "--quant", "Q2_K")
+    assert "two outputs" in refused(2, *export, "--save-plan", path)
+    assert "belongs to what is read" in refused(
+        2, "export", checkpoint, "--force", "-o", next(checkpoint.glob("*.safetensors"))
+    )
+    assert "belongs to what is read" in refused(
+        2, "export", checkpoint, "--plan", plan, "--force", "-o", plan
+    )
+    assert not path.exists()
+
+
+def test_a_preset_that_needs_no_imatrix_still_refuses_another_models(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    other = make_checkpoint("gemma4-dense", tmp_path / "other")
+    imatrix, path = tmp_path / "imatrix.gguf", tmp_path / "model.gguf"
+    assert run("calibrate", checkpoint, "-o", imatrix, *SHORT).exit_code == 0
+    message = refused(2, "export", other, "-o", path, "--quant", "Q8_0", "--imatrix", imatrix)
+    assert "belongs to another model" in message
+    assert not path.exists()
+
+
+def test_a_file_says_where_its_importance_came_from(checkpoint: Path, tmp_path: Path) -> None:
+    twin = make_checkpoint("gemma4-additive", tmp_path / "twin", max_position_embeddings=4096)
+    path, imatrix = tmp_path / "model.gguf", tmp_path / "one.imatrix.gguf"
+    measured = run("export", checkpoint, "-o", path, *SHORT, "--save-imatrix", imatrix, "--json")
+    assert json.loads(measured.stdout)["notes"] == []
+    fields = gguf.GGUFReader(path).fields
+    assert fields["moequant.calibration.source"].contents() == "measured"
+    assert fields["moequant.plan.unweighted"].contents() == ["token_embd.weight"]
+    given = run("export", twin, "-o", path, "--force", "--imatrix", imatrix, "--json")
+    assert "another checkpoint" in json.loads(given.stdout)["notes"][0]
+    fields = gguf.GGUFReader(path).fields
+    assert fields["moequant.calibration.source"].contents() == "one.imatrix.gguf"
+    source, calibrated = (fields[f"moequant.{key}.digest"].contents()
+                          for key in ("source", "checkpoint"))  # fmt: skip
+    assert source != calibrated
+    run("export", checkpoint, "-o", path, "--force", "--no-calibration")
+    fields = gguf.GGUFReader(path).fields
+    assert fields["moequant.calibration.source"].contents() == "none"
+
+
+def test_an_imatrix_is_saved_even_if_the_types_have_no_use_for_it(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    imatrix = tmp_path / "kept.imatrix.gguf"
+    result = run("export", checkpoint, "-o", tmp_path / "m.gguf", "--quant", "Q8_0", *SHORT,
+                 "--save-imatrix", imatrix)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert json.loads(run("inspect", imatrix, "--json").stdout)["kind"] == "imatrix"
+
+
+def test_a_tokenizer_that_is_not_served_is_refused_before_calibration(tmp_path: Path) -> None:
+    folder = make_checkpoint("qwen3-moe", tmp_path / "qwen")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["pre_tokenizer"] = {"type": "Whitespace"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    imatrix = tmp_path / "imatrix.gguf"
+    message = refused(2, "export", folder, "-o", tmp_path / "m.gguf", *SHORT,
+                      "--save-imatrix", imatrix)  # fmt: skip
+    assert "calibrate" not in message
+    assert not imatrix.exists()
 
 
 def test_an_imatrix_of_another_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moequant.errors import ExportError, PlanError
-from moequant.plan import Plan, TensorPlan, fallback_bpw, fallback_rows, preset_plan, sizes
-from moequant.quants.layout import QUANT_TYPES
+from moequant.plan import Plan, TensorPlan, fallback_bpw, fallback_rows, preset_plan
 from tests.plan.models import KINDS, qwen3
 
 MODEL = KINDS["gemma4-additive"]
@@ -275,11 +274,3 @@ def test_a_failed_write_keeps_the_old_plan(tmp_path: Path, monkeypatch: pytest.M
         PLAN.write(path)
     assert Plan.read(path) == SMALL
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_sizes_are_those_of_the_encoders() -> None:
-    assert set(sizes.QTYPES) == set(QUANT_TYPES)
-    for name, qtype in QUANT_TYPES.items():
-        assert sizes.block_size(name) == qtype.block_size
-        assert sizes.bpw(name) == qtype.bpw
-        assert sizes.tensor_bytes(name, (3, 512)) == 3 * qtype.row_bytes(512)

@@ -1,6 +1,7 @@
 """Byte layouts of the GGUF tensor types that moequant writes: one table, checked against gguf's.
 
-Owns: names, ids, block sizes, type sizes. Leaves out: how values become bytes (the encoders).
+Owns: names, ids, block sizes, type sizes. Leaves out: how values become bytes (`moequant.quants`).
+Imports no torch: the planner needs the table and nothing more.
 
 Source: `block_*` structs in ggml-common.h; ids and sizes are `gguf.constants`' own, so that a
 layout here that disagrees with theirs fails at import of the table's test, not in a file.
