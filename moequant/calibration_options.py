@@ -11,11 +11,13 @@ Defaults:
 - `floor` 256: the relative standard error of a mean of x² over n tokens is sqrt((kurtosis - 1)/n),
   so 9 % for Gaussian columns and some 20 % for heavy-tailed ones; a quantizer's choice of scales
   does not notice errors of that size.
-- `kappa` 32: an expert that just meets the floor keeps 8/9 of its own statistics, one that saw
-  nothing gets the layer's, one with thousands of tokens is not moved.
-- `batch_tokens` 4096: tokens run through a layer at once; bounds activations, changes no result.
+- `kappa` 32: an expert that just meets the floor by routed tokens keeps 8/9 of its own statistics,
+  one that saw nothing gets the layer's, one with thousands of tokens is not moved.
+- `batch_tokens` 4096: tokens run through a layer at once; bounds activations. Results change
+  by rounding only: matrix products round differently at another size.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +60,10 @@ class CalibrationOptions:
             )
             if not value >= least
         ]
+        if not 0 <= self.seed < 1 << 63:
+            wrong.append(f"seed = {self.seed}, it must be from 0 to 2^63 - 1")
+        if self.kappa == math.inf:
+            wrong.append("kappa = inf, a finite number is needed")
         if self.compute_dtype not in (None, *COMPUTE_DTYPES):
             wrong.append(f"compute dtype {self.compute_dtype!r} is none of {[*COMPUTE_DTYPES]}")
         if wrong:

@@ -161,12 +161,13 @@ def export(
 ) -> None:
     """Calibrate, quantize and write a GGUF file in one go."""
     from moequant import pipeline, reports
+    from moequant.architectures import describe
     from moequant.evaluate.perplexity import text_windows
 
     _refuse_idle_options(ctx)
     options = _export_options(arguments)
     opened = _open(checkpoint)
-    windows = None if text is None else text_windows(opened.path, text)
+    windows = None if text is None else text_windows(opened.path, text, spec=describe(opened))
     with _progress(quiet=as_json) as progress:
         result = pipeline.export(opened, output, options, progress)
         fidelity = None

@@ -230,8 +230,9 @@ def _summary(
 def _stored_thin(metadata: dict[str, Any]) -> list[str]:
     """The lines that `moequant.experts.thin` keeps; nothing if they are no text."""
     thin = metadata.get("moequant.experts.thin")
-    is_text = isinstance(thin, list) and all(isinstance(line, str) for line in thin)
-    return thin if is_text else []
+    if not isinstance(thin, list) or not all(isinstance(line, str) for line in thin):
+        return []
+    return thin
 
 
 def _stored_share(metadata: dict[str, Any], expert_count: int) -> dict[int, list[float]]:

@@ -5,7 +5,8 @@ what they were given. Leaves out: which tokens a starved expert gets in addition
 
 transformers lets the forward of fused experts be replaced by name (`integrations/moe.py`); the
 module keeps its weights, activation and gating (`_apply_gate`), the caller its routing. Ours loops
-over the experts that were hit, as transformers' own eager forward does, and sums in float32.
+over the experts that were hit, as transformers' own eager forward does, and sums in float32: one
+expert after the other, each adding at most once to a token, so in one order on every device.
 
 For expert e, over its routed tokens t with gate g (what the router multiplies the output by):
     counts = Σ 1    in_sum2 = Σ x²    gate_counts = Σ g²    gate_in_sum2 = Σ g²·x²

@@ -50,7 +50,7 @@ class Batch:
     """Sequences of one length on their way through the layers.
 
     `hidden`: (sequences, tokens, hidden), CPU, compute dtype; `calls`: for each layer still to
-    come, the further arguments of its forward.
+    come, the further arguments of its forward, on the CPU.
     """
 
     hidden: Tensor
@@ -120,15 +120,16 @@ class StreamedModel:
         return torch.cat(parts)
 
     def _record(self, base: Any, ids: Tensor, shared: dict[tuple[int, str], Any]) -> Batch:
+        cpu = torch.device("cpu")
         recorders = [_Recorder(layer) for layer in self._layers]
         base.layers = nn.ModuleList(recorders)
         base(input_ids=ids.to(self.device), use_cache=False)
         first = recorders[0].hidden
         calls = [
-            (tuple(map(_own, r.args)), _interned(bid, r.kwargs, shared))
+            (_moved(tuple(map(_own, r.args)), cpu), _interned(bid, _moved(r.kwargs, cpu), shared))
             for bid, r in enumerate(recorders)
         ]
-        return Batch(first.to("cpu"), list(calls))
+        return Batch(first.to(cpu), list(calls))
 
     @contextlib.contextmanager
     def layer(self, bid: int) -> Iterator[nn.Module]:

@@ -7,11 +7,15 @@ Importance of column j of matrix e is the mean of x_j² over the tokens that rea
 g² where gates are known, near-miss tokens among them, shrunk toward the mean over all experts:
 
     s_e  = (gate_in_sum2_e + near_miss_in_sum2_e) / (gate_counts_e + near_miss_gate_counts_e)
-    s'_e = (n_e·s_e + κ·s_pool) / (n_e + κ)      n_e = counts_e + near_miss_counts_e
+    s'_e ~ (n_e·s_e/|s_e| + κ·s_pool/|s_pool|) / (n_e + κ)
+    n_e  = counts_e + near_miss_gate_counts_e / (Σ gate_counts / Σ counts)
 
-s_pool has the sums over all experts in the place of those of one. An expert without any token
-gets s_pool. For files by llama-imatrix there are plain sums only and κ = 0. Each row of importance
-may be multiplied by any positive number without changing what a quantizer does with it.
+s_pool has the sums over all experts in the place of those of one; |s| is the mean over columns.
+Each row of importance may be multiplied by any positive number without changing what a quantizer
+does with it, so κ has to mix rows of one size; s'_e then gets the size of s_e back. A lent token
+counts as much as its g² in units of a routed token's mean g², so a faint near miss outweighs
+nothing. An expert that saw nothing gets s_pool. For files by llama-imatrix there are plain sums
+only, n_e = counts_e and κ = 0.
 """
 
 from collections.abc import Iterable, Iterator
@@ -25,6 +29,8 @@ from numpy.typing import NDArray
 from moequant.errors import ImatrixError, listing
 
 Floats = NDArray[np.float32]
+
+_MODEST = 60  # binary exponent of a mean up to which a row is left as it is
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,20 @@ class MatrixStatistics:
         """Tokens seen by each matrix, lent ones included."""
         return self.counts if self.near_miss_counts is None else self.counts + self.near_miss_counts
 
+    def effective_tokens(self) -> NDArray[np.float64]:
+        """Tokens seen by each matrix, a lent one counted by its g² (n_e of the module's text)."""
+        routed = self.counts.astype(np.float64)
+        lent, gates = self.near_miss_gate_counts, self.gate_counts
+        if lent is None or gates is None or not gates.any() or not routed.any():
+            return routed
+        mean_gate = float(gates.sum(dtype=np.float64) / routed.sum())
+        return routed + lent.astype(np.float64) / mean_gate
+
+    def is_empty(self) -> bool:
+        """Whether nothing was seen at all, by no matrix: no tokens, or zeros only."""
+        sums, weights = _weighted(self, len(self.in_sum2), self.in_sum2[0].size)
+        return not sums[weights > 0].any()
+
 
 @dataclass(frozen=True)
 class ExpertReport:
@@ -63,9 +83,10 @@ class ExpertReport:
 
     def __str__(self) -> str:
         """One line for a report."""
+        wanted = f" of {self.floor} wanted" if self.floor else ""
         return (
-            f"layer {self.layer}, expert {self.expert}: {self.tokens} routed and {self.near_miss} "
-            f"near-miss tokens of {self.floor} ({self.share:.3%} of the layer's routing)"
+            f"layer {self.layer}, expert {self.expert}: routed tokens {self.tokens}{wanted}, "
+            f"{self.share:.3%} of the layer's; near misses lent: {self.near_miss}"
         )
 
 
@@ -108,28 +129,33 @@ class Imatrix:
     def importance(self, name: str, n_matrices: int, n_per_row: int) -> Floats | None:
         """Importance of the tensor `name`, float32 (n_matrices, n_per_row), >= 0, finite.
 
-        None where there are no statistics for it. Raises ImatrixError where they do not fit.
+        None where there are no statistics for it, or nothing was seen in total. Raises
+        ImatrixError where they do not fit.
         """
         entry = self.entries.get(name)
         if entry is None:
             return None
         if wrong := _misfit(name, entry, n_matrices, n_per_row):
             raise ImatrixError(f"the imatrix belongs to another model: {wrong}")
+        if entry.is_empty():
+            return None
         sums, weights = _weighted(entry, n_matrices, n_per_row)
-        tokens = np.broadcast_to(entry.tokens().astype(np.float64), (n_matrices,))
-        total = weights.sum()
-        pooled = sums.sum(0) / total if total > 0 else np.zeros(n_per_row)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            own = sums / weights[:, None]
-            shrunk = (tokens[:, None] * own + self.kappa * pooled) / (tokens + self.kappa)[:, None]
-        seen = ((weights > 0) & (tokens > 0))[:, None]
-        return np.where(seen, shrunk, pooled).astype(np.float32)
+        tokens = np.broadcast_to(entry.effective_tokens(), (n_matrices,))
+        has_weight = weights > 0
+        pooled = sums[has_weight].sum(0) / weights[has_weight].sum()
+        made = np.tile(pooled, (n_matrices, 1))
+        seen = has_weight & (tokens > 0) & sums.any(1)
+        own = sums[seen] / weights[seen, None]
+        size = own.mean(1, keepdims=True)
+        share = (tokens[seen] / (tokens[seen] + self.kappa))[:, None]
+        made[seen] = share * own + (1 - share) * size * (pooled / pooled.mean())
+        return _within_float32(made)
 
     def check(self, tensors: Iterable[tuple[str, int, int]]) -> tuple[str, ...]:
         """Hold the entries against a model's matrices (name, n_matrices, n_per_row).
 
-        Returns the names without statistics, for the caller to report. Raises ImatrixError that
-        lists every shape that does not fit, or when nothing fits at all.
+        Returns the names without statistics, or with empty ones, for the caller to report. Raises
+        ImatrixError that lists every shape that does not fit, or when nothing fits at all.
         """
         wanted = list(tensors)
         wrong = [
@@ -140,7 +166,11 @@ class Imatrix:
         ]
         if wrong:
             raise ImatrixError(f"the imatrix belongs to another model:{listing(wrong)}")
-        missing = tuple(name for name, _, _ in wanted if name not in self.entries)
+        missing = tuple(
+            name
+            for name, _, _ in wanted
+            if name not in self.entries or self.entries[name].is_empty()
+        )
         if wanted and len(missing) == len(wanted):
             raise ImatrixError(
                 "the imatrix has nothing for this model: "
@@ -160,12 +190,12 @@ class Imatrix:
                 yield ExpertReport(layer, expert, int(tokens), near_miss, self.floor, share)
 
     def thin_experts(self) -> list[ExpertReport]:
-        """Experts below the floor even with lent tokens; what they have is shrunk the most.
+        """Experts with fewer routed tokens than the floor, whatever was lent to them.
 
-        For a file that is not ours the floor is unknown: the experts without any token.
+        Where the floor is 0, as for a file that is not ours: the experts without any token.
         """
         least = max(self.floor, 1)
-        return [report for report in self.experts() if report.tokens + report.near_miss < least]
+        return [report for report in self.experts() if report.tokens < least]
 
     def routed_share(self) -> dict[int, list[float]]:
         """For each layer with experts, the share (0 to 1) of its routed tokens by expert."""
@@ -193,6 +223,13 @@ def _misfit(name: str, entry: MatrixStatistics, n_matrices: int, columns: int) -
         f"{name} has sums for {sums} columns and {counts} counts, "
         f"the model's tensor has {n_matrices} x {columns} columns"
     )
+
+
+def _within_float32(rows: NDArray[np.float64]) -> Floats:
+    """Rows as float32; of a size near float32's ends, divided by a power of two (rows may be)."""
+    exponents = np.frexp(rows.mean(1))[1]
+    shifts = np.where(np.abs(exponents) > _MODEST, -exponents, 0)
+    return np.ldexp(rows, shifts[:, None]).astype(np.float32)
 
 
 def _weighted(

@@ -14,8 +14,10 @@ llama-quantize reads the plain sums: no gate weighting, no near misses, and for 
 tokens it takes ones. `Imatrix.importance` has the better numbers.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeGuard
 
 import gguf
 import numpy as np
@@ -28,6 +30,7 @@ from moequant.gguf_file import GGUFFile, is_gguf, read_gguf
 _COLUMN_PARTS = ("in_sum2", "gate_in_sum2", "near_miss_in_sum2")
 _COUNT_PARTS = ("counts", "gate_counts", "near_miss_counts", "near_miss_gate_counts")
 _PARTS = _COLUMN_PARTS + _COUNT_PARTS
+_INT_END = 1 << 63
 
 
 class _Writer(gguf.GGUFWriter):  # type: ignore[misc]
@@ -124,8 +127,42 @@ def _imatrix(file: GGUFFile, parts: dict[str, dict[str, Floats]]) -> Imatrix:
         datasets=[text for text in _list(keys.get("imatrix.datasets")) if isinstance(text, str)],
         chunk_count=_count(keys.get("imatrix.chunk_count")),
         chunk_size=_count(keys.get("imatrix.chunk_size")),
-        metadata={key: value for key, value in keys.items() if key.startswith("moequant.")},
+        metadata=_metadata(file),
     )
+
+
+def _metadata(file: GGUFFile) -> dict[str, str | int | float]:
+    """The `moequant.*` keys whose values we could have written, floor and kappa checked."""
+    floor, kappa = (file.metadata.get(f"moequant.calibration.{n}", 0) for n in ("floor", "kappa"))
+    if isinstance(floor, bool) or not isinstance(floor, int) or not 0 <= floor < _INT_END:
+        raise ImatrixError(f"{file.path}: moequant.calibration.floor is {floor!r}, not a count")
+    if isinstance(kappa, bool) or not isinstance(kappa, int | float) or not _is_amount(kappa):
+        raise ImatrixError(
+            f"{file.path}: moequant.calibration.kappa is {kappa!r}, not a finite number >= 0"
+        )
+    return {
+        key: value
+        for key, value in file.metadata.items()
+        if key.startswith("moequant.") and _writable(value)
+    }
+
+
+def _is_amount(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
+
+
+def _writable(value: object) -> TypeGuard[str | int | float]:
+    """Whether `_add` takes it, and a reader of any kind of integers does."""
+    match value:
+        case bool():
+            return False
+        case str():
+            return True
+        case int():
+            return 0 <= value < _INT_END
+        case float():
+            return math.isfinite(value)
+    return False
 
 
 def _list(value: object) -> list[object]:

@@ -12,6 +12,7 @@ from moequant.calibrate.imatrix import Imatrix, MatrixStatistics
 from moequant.calibrate.observe import LayerObserver, LinearStatistics, check_sums, linear_entry
 from moequant.calibrate.text import Corpus, read_corpus
 from moequant.calibrate.windows import (
+    check_ids,
     choose_windows,
     cut_windows,
     leading_token,
@@ -36,10 +37,10 @@ def calibrate(
     """
     corpus = read_corpus(options.texts)
     tokenizer = load_tokenizer(checkpoint.path)
-    stream = token_stream(tokenizer, corpus.documents)
-    cut = cut_windows(stream, options.sequence_length, leading_token(tokenizer))
+    stream = token_stream(tokenizer, corpus.documents, spec)
+    cut = cut_windows(stream, options.sequence_length, leading_token(tokenizer, spec))
     windows = choose_windows(cut, options.tokens, options.seed)
-    _check_ids(windows, spec)
+    check_ids(windows, spec)
     dtype = None if options.compute_dtype is None else getattr(torch, options.compute_dtype)
     model = StreamedModel(checkpoint, spec, device=options.device, dtype=dtype)
     return Imatrix(
@@ -92,14 +93,6 @@ def _output_entry(model: StreamedModel, batches: list[Batch]) -> dict[str, Matri
     entry = linear_entry(sums)
     check_sums(name, entry)
     return {name: entry}
-
-
-def _check_ids(windows: torch.Tensor, spec: ModelSpec) -> None:
-    if int(windows.max()) >= spec.vocab_size:
-        raise CalibrationError(
-            f"the tokenizer gives id {int(windows.max())}, the model has {spec.vocab_size} rows of "
-            "embeddings; the checkpoint's tokenizer belongs to another model"
-        )
 
 
 def _check_finite(bid: int, batches: list[Batch]) -> None:

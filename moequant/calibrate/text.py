@@ -125,12 +125,27 @@ def _parse_line(origin: str, line: str) -> Document:
     except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{origin}: not JSON: {error}") from error
     if isinstance(record, dict):
+        _check_characters(origin, record)
         if isinstance(record.get("text"), str):
             return Document(origin, record["text"])
         messages, tools = _objects(record.get("messages")), _objects(record.get("tools"))
         if messages:
             return Document(origin, messages=messages, tools=tools)
     raise CalibrationError(f'{origin}: needs "text" (a string) or "messages" (a list of objects)')
+
+
+def _check_characters(origin: str, record: dict[str, Any]) -> None:
+    """Raise CalibrationError for half a surrogate pair: JSON can escape one, text has none."""
+    used = [record.get(name) for name in ("text", "messages", "tools")]
+    try:
+        json.dumps(used, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(
+            f"{origin}: {error.object[error.start]!r} is half a character (a lone surrogate); "
+            "correct the line, or leave it out"
+        ) from error
+    except RecursionError as error:
+        raise CalibrationError(f"{origin}: nested too deeply") from error
 
 
 def _objects(value: object) -> tuple[dict[str, Any], ...]:

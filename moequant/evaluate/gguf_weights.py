@@ -1,8 +1,8 @@
 """A GGUF file's tensors under the names its checkpoint gives them, so that one forward runs both.
 
 Owns: finding the bytes behind a checkpoint name, and decoding them. Leaves out: the forward. The
-decoder is `gguf.quants`' (NumPy, not ours), so that what is evaluated does not rest on the code
-that made the file.
+decoder is `gguf.quants`' (NumPy, not ours), so that values do not rest on the code that encoded
+them; which tensor is which rests on the `ModelSpec` that the file was made from.
 """
 
 from dataclasses import dataclass

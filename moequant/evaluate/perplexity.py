@@ -22,7 +22,13 @@ from moequant.architectures import ModelSpec
 from moequant.calibrate.forward import Progress, StreamedModel
 from moequant.calibrate.text import read_corpus
 from moequant.calibrate.weights import WeightSource
-from moequant.calibrate.windows import cut_windows, leading_token, load_tokenizer, token_stream
+from moequant.calibrate.windows import (
+    check_ids,
+    cut_windows,
+    leading_token,
+    load_tokenizer,
+    token_stream,
+)
 from moequant.errors import CalibrationError, UsageError
 
 
@@ -51,19 +57,26 @@ class Perplexity:
         return self.ppl * float(self.nll.std(correction=0)) / math.sqrt(self.tokens - 1)
 
 
-def text_windows(tokenizer_folder: Path, text: Path, length: int = 512) -> Tensor:
+def text_windows(
+    tokenizer_folder: Path, text: Path, length: int = 512, spec: ModelSpec | None = None
+) -> Tensor:
     """Windows (n, length) of the text in `text`, cut as llama-perplexity does.
 
-    Raises CalibrationError for text that is unreadable or shorter than a window, TokenizerError.
+    With `spec`, windows begin with BOS where the model's family has it so, whatever the tokenizer
+    does, and ids are held against its vocabulary. Raises CalibrationError for text that is
+    unreadable or shorter than a window and for ids outside the vocabulary, TokenizerError.
     """
     tokenizer = load_tokenizer(tokenizer_folder)
-    stream = token_stream(tokenizer, read_corpus([text]).documents)
+    stream = token_stream(tokenizer, read_corpus([text]).documents, spec)
     if len(stream) < length:
         raise CalibrationError(
             f"{text} has {len(stream)} tokens, perplexity is measured on windows of {length}: "
             "give a longer text."
         )
-    return cut_windows(stream, length, leading_token(tokenizer))
+    windows = cut_windows(stream, length, leading_token(tokenizer, spec))
+    if spec is not None:
+        check_ids(windows, spec)
+    return windows
 
 
 def perplexity(
@@ -89,8 +102,8 @@ def perplexity(
     model = StreamedModel(source, spec, device=device, dtype=dtype)
     batches = model.embed(windows, batch_tokens)
     model.run_layers(batches, progress)
-    scored = torch.cat([batch.hidden[:, first:-1] for batch in batches])
-    normed = model.final_norm(scored.flatten(0, 1)).cpu()
+    scored = (batch.hidden[:, first:-1].flatten(0, 1) for batch in batches)
+    normed = torch.cat([model.final_norm(hidden).cpu() for hidden in scored])
     return Perplexity(_losses(model, normed, windows[:, first + 1 :].flatten()))
 
 

@@ -16,8 +16,9 @@ make sense for the shapes or the model (`moequant.plan.plan`).
       }
     }
 
-`type` is what an editor may change. `shape` is in torch order and there to be read; it must be
-the model's. `wanted` and `reason` stand where the type is a fallback. `base` is the float type of
+`type` is what an editor may change, in any case. `shape` is in torch order and there to be read;
+it must be the model's. `wanted` and `reason` stand where the type is a fallback, and mean nothing
+once another type was written there. `base` is the float type of
 what is not quantized, `imatrix` whether the types assume importance data.
 
 Room for what comes: in a later version `type` of a stack of experts may be an object, from type

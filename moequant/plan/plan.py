@@ -8,7 +8,7 @@ of fallbacks (`fallbacks`).
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,9 +97,15 @@ class Plan:
         """Tensors that did not get the type the preset wants for them."""
         return tuple(tensor for tensor in self.tensors if tensor.is_fallback)
 
+    def edited(self, against: "Plan") -> tuple[str, ...]:
+        """Names of the tensors whose type is another one in `against`, or that it does not have."""
+        return tuple(t.name for t in self.tensors if against.types.get(t.name) != t.qtype)
+
     def check(self, model: Model) -> None:
-        """PlanError that lists every tensor on which plan and model disagree."""
-        offenders = [*_model_offenders(self, model), *_type_offenders(self)]
+        """PlanError that lists every tensor that the model has not, or cannot have in its type."""
+        shapes = {tensor.name: tensor.shape for tensor in model.tensors}
+        known = [tensor for tensor in self.tensors if shapes.get(tensor.name) == tensor.shape]
+        offenders = [*_model_offenders(self, model), *_row_offenders(known)]
         if offenders:
             raise PlanError(
                 f"the plan does not fit the model, {len(offenders)} offenders:{listing(offenders)}"
@@ -118,16 +124,20 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str, source: str = "plan") -> Self:
-        """The plan in a text; PlanError, beginning with `source`, lists everything wrong in it."""
+        """The plan in a text; PlanError, beginning with `source`, lists everything wrong in it.
+
+        Types are read in any case. Whether rows and types go together is for `check` to say, which
+        knows the model's shapes; those of the text may have been edited.
+        """
         header, entries = parse_document(text, source)
         plan = cls(
-            header["preset"],
+            _known(header["preset"], PRESETS),
             header["architecture"],
             tuple(_tensor_of(name, entry) for name, entry in entries.items()),
-            header["base"],
+            _known(header["base"], FLOAT_TYPES),
             header["imatrix"],
         )
-        offenders = [*_header_offenders(plan), *_type_offenders(plan)]
+        offenders = [*_header_offenders(plan), *_type_offenders(plan.tensors)]
         if offenders:
             raise PlanError(
                 f"{source}: {len(offenders)} wrong in the plan:{listing(offenders)}\n{_TYPES_NOTE}"
@@ -164,8 +174,18 @@ def _entry_of(tensor: TensorPlan) -> dict[str, Any]:
 
 
 def _tensor_of(name: str, entry: dict[str, Any]) -> TensorPlan:
-    wanted = entry.get("wanted", entry["type"])
-    return TensorPlan(name, tuple(entry["shape"]), entry["type"], wanted, entry.get("reason", ""))
+    """The tensor; a `wanted` that does not explain an edited type any more is dropped."""
+    shape, qtype = tuple(entry["shape"]), _known(entry["type"], sizes.QTYPES)
+    wanted, reason = _known(entry.get("wanted", qtype), sizes.QTYPES), entry.get("reason", "")
+    is_edited = wanted in sizes.QTYPES and qtype != fallback_type(wanted, shape[-1])
+    if is_edited or qtype == wanted:
+        wanted, reason = qtype, ""
+    return TensorPlan(name, shape, qtype, wanted, reason)
+
+
+def _known(name: str, names: Collection[str]) -> str:
+    """The one of `names`, which are in capitals, that is meant; `name` itself if there is none."""
+    return name.upper() if name.upper() in names else name
 
 
 def _header_offenders(plan: Plan) -> Iterator[str]:
@@ -175,12 +195,19 @@ def _header_offenders(plan: Plan) -> Iterator[str]:
         yield f"base: {plan.base!r} is not one of {', '.join(FLOAT_TYPES)}"
 
 
-def _type_offenders(plan: Plan) -> Iterator[str]:
-    """Types that do not exist, cannot hold the rows, or that llama.cpp cannot compute with."""
-    for tensor in plan.tensors:
-        cols = tensor.shape[-1]
+def _type_offenders(tensors: Iterable[TensorPlan]) -> Iterator[str]:
+    """Types that do not exist."""
+    for tensor in tensors:
         if tensor.is_fallback and tensor.wanted not in sizes.QTYPES:
             yield f"{tensor.name}: wanted: unknown type {tensor.wanted!r}"
+        if tensor.qtype not in sizes.QTYPES:
+            yield f"{tensor.name}: unknown type {tensor.qtype!r}"
+
+
+def _row_offenders(tensors: Iterable[TensorPlan]) -> Iterator[str]:
+    """Types that do not exist, cannot hold the rows, or that llama.cpp cannot compute with."""
+    for tensor in tensors:
+        cols = tensor.shape[-1]
         if tensor.qtype not in sizes.QTYPES:
             yield f"{tensor.name}: unknown type {tensor.qtype!r}"
         elif _must_be_f32(tensor) and tensor.qtype != "F32":

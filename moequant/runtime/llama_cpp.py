@@ -162,18 +162,33 @@ def _extract(archive: Path, tree: str, target: Path) -> None:
         raise LlamaCppError(f"{archive.name} holds no {tree}/CMakeLists.txt.")
 
 
-def _build(source: Path, build: Path, tools: Sequence[str], report: Report) -> None:
-    missing = [name for name in ("cmake", "ninja") if shutil.which(name) is None]
+def _build_tools() -> tuple[str, str]:
+    """Absolute paths of cmake and ninja, from PATH or from beside this Python (a venv's own)."""
+    beside = str(Path(sys.executable).parent) if sys.executable else ""
+    found = {
+        name: shutil.which(name) or (shutil.which(name, path=beside) if beside else None)
+        for name in ("cmake", "ninja")
+    }
+    missing = [name for name, path in found.items() if path is None]
     if missing:
         raise LlamaCppError(
-            f"building llama.cpp needs {' and '.join(missing)}: install with "
-            f"`pip install {' '.join(missing)}` or your system's packages."
+            f"building llama.cpp needs {' and '.join(missing)}, and neither PATH nor "
+            f"{beside or 'this Python'} has {'them' if len(missing) > 1 else 'it'}: install with "
+            f"`{sys.executable or 'python'} -m pip install {' '.join(missing)}` or your system's "
+            "packages."
         )
+    cmake, ninja = (str(Path(path).absolute()) for path in found.values() if path)
+    return cmake, ninja
+
+
+def _build(source: Path, build: Path, tools: Sequence[str], report: Report) -> None:
+    cmake, ninja = _build_tools()
     log = build.with_suffix(".log")
     report(f"building {', '.join(tools)} (some minutes, once; log: {log})")
-    configure = ["cmake", "-S", str(source), "-B", str(build), "-G", "Ninja", *CMAKE_OPTIONS]
+    configure = [cmake, "-S", str(source), "-B", str(build), "-G", "Ninja",
+                 f"-DCMAKE_MAKE_PROGRAM={ninja}", *CMAKE_OPTIONS]  # fmt: skip
     with log.open("w", encoding="utf-8") as file:
-        for command in (configure, ["ninja", "-C", str(build), *tools]):
+        for command in (configure, [ninja, "-C", str(build), *tools]):
             code = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
             if code != 0:
                 tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-LOG_TAIL:])

@@ -50,7 +50,17 @@ def test_output_and_sums_of_three_tokens() -> None:
     assert sums.gate_in_sum2["input"].tolist() == [[0.25 + 16, 1 + 16], [9, 1]]
     assert sums.in_sum2["inner"].tolist() == [[4 + 16], [36]]
     assert sums.gate_in_sum2["inner"].tolist() == [[0.25 * 4 + 4 * 16], [36]]
-    assert torch.equal(observer.inputs, HIDDEN) and torch.equal(observer.chosen, CHOSEN)
+    tokens = torch.tensor([2, 0])
+    assert torch.equal(observer.rows(tokens), HIDDEN[tokens])
+    assert torch.equal(observer.chosen, CHOSEN)
+
+
+def test_inputs_are_gathered_from_batches_in_the_order_asked_for() -> None:
+    observer = ExpertObserver(2, keep=True)
+    for start in (0, 1):
+        observer.note_tokens(HIDDEN[start : 2 * start + 1], CHOSEN[:1], GATES[:1])
+    tokens = torch.tensor([1, 0, 1])
+    assert torch.equal(observer.rows(tokens), HIDDEN[tokens])
 
 
 def test_sums_are_the_same_in_two_batches() -> None:
@@ -133,6 +143,18 @@ def test_lent_tokens_have_sums_of_their_own() -> None:
     assert sums.near_miss_counts.tolist() == [0, 1]
     assert sums.near_miss_gate_counts.tolist() == [0, 0.25]
     assert sums.near_miss_in_sum2["inner"].tolist() == [[0.0], [4.0]]
+
+
+def test_tokens_that_overflow_are_not_lent() -> None:
+    """Infinite, not a number, squares beyond float32, a gate beyond it: one of five remains."""
+    inner = torch.tensor([[torch.inf], [torch.nan], [1e30], [2.0], [3.0]])
+    gates = torch.tensor([1.0, 1.0, 1.0, 3e38, 0.5])
+    sums = ExpertStatistics(2)
+    sums.add_near_miss(1, {"input": torch.ones(5, 2), "inner": inner}, gates)
+    assert sums.near_miss_counts.tolist() == [0, 1]
+    assert sums.near_miss_gate_counts.tolist() == [0, 0.25]
+    assert sums.near_miss_in_sum2["inner"].tolist() == [[0.0], [0.25 * 9]]
+    assert sums.near_miss_in_sum2["input"].tolist() == [[0, 0], [0.25, 0.25]]
 
 
 def test_router_scores_become_probabilities() -> None:

@@ -1,15 +1,21 @@
 """The streamed forward against transformers' ordinary one, for every kind of checkpoint."""
 
 import gc
+import json
+import shutil
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from moequant.architectures import describe
 from moequant.calibrate.forward import StreamedModel
 from moequant.calibrate.weights import WeightNames
+from moequant.checkpoint import open_checkpoint
 from moequant.errors import ArchitectureError, CalibrationError
-from tests.calibrate.models import described, reference, windows
+from tests.calibrate.models import described, folder, reference, windows
 from tests.checkpoints import KINDS
 
 
@@ -35,6 +41,30 @@ def test_logits_equal_the_ordinary_forward(kind: str, monkeypatch: pytest.Monkey
     found = streamed_logits(StreamedModel(*described(kind)), ids, batch_tokens=200)
     assert expected.std() > 1  # logits that differ from each other, so that agreement means much
     assert (found - expected).abs().max() <= 1e-4
+
+
+def test_an_output_matrix_beside_the_text_model_is_used(tmp_path: Path) -> None:
+    """As some models for several media have it: language_model.model.*, language_model.lm_head."""
+    names = {"lm_head.weight": "language_model.lm_head.weight"}
+    for file in folder("qwen3-dense").iterdir():
+        if file.suffix == ".safetensors":
+            tensors = load_file(file)
+            renamed = {names.get(n, f"language_model.{n}"): t for n, t in tensors.items()}
+            save_file(renamed, tmp_path / file.name, metadata={"format": "pt"})
+        elif file.name.endswith(".index.json"):
+            index = json.loads(file.read_text())
+            index["weight_map"] = {
+                names.get(n, f"language_model.{n}"): f for n, f in index["weight_map"].items()
+            }
+            (tmp_path / file.name).write_text(json.dumps(index))
+        else:
+            shutil.copy(file, tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    spec = describe(checkpoint)
+    assert spec.prefix == "language_model.model." and not spec.tied_embeddings
+    ids = windows(1, 16)
+    expected = streamed_logits(StreamedModel(*described("qwen3-dense")), ids, 100)
+    assert torch.equal(streamed_logits(StreamedModel(checkpoint, spec), ids, 100), expected)
 
 
 def test_bfloat16_is_computed_in_bfloat16() -> None:

@@ -1,6 +1,8 @@
 """Importance from sums, the file, and files that are damaged."""
 
 import struct
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -38,17 +40,61 @@ def imatrix(kappa: float = 2.0, floor: int = 2) -> Imatrix:
 
 
 def test_importance_is_weighted_shrunk_and_pooled() -> None:
-    """pool = ([2,6] + [1,1] + [1,0]) / (2 + 1) = [4/3, 7/3]; κ = 2.
-    Expert 0: n = 4, s = [1, 3]. Expert 1: n = 2, s = [2, 1] / 1. Expert 2: the pool."""
-    pool = np.array([4 / 3, 7 / 3])
+    """pool = ([2,6] + [1,1] + [1,0]) / (2 + 1) = [4/3, 7/3], of mean 1: [8/11, 14/11]; κ = 2.
+    A routed token has g² = 2.5/5, as much as the lent one. Expert 0: n = 4, s = [1, 3], of mean
+    2. Expert 1: n = 2, s = [2, 1] / 1, of mean 1.5. Expert 2: the pool."""
+    pool = np.array([8 / 11, 14 / 11])
     expected = [
-        (4 * np.array([1, 3]) + 2 * pool) / 6,
-        (2 * np.array([2, 1]) + 2 * pool) / 4,
-        pool,
+        2 * (4 * np.array([0.5, 1.5]) + 2 * pool) / 6,
+        1.5 * (2 * np.array([4 / 3, 2 / 3]) + 2 * pool) / 4,
+        pool * 11 / 6,
     ]
     found = imatrix().importance(DOWN, 3, 2)
     assert found is not None and found.dtype == np.float32
     np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_shrinkage_does_not_depend_on_the_size_of_rows() -> None:
+    """Expert 1 with activations ten thousand times as large is the pool, of mean 1 [4/3, 2/3];
+    expert 0 with its 4 tokens of [0.5, 1.5] is moved by κ = 2 as by any other pool."""
+    entry = expert_entry()
+    factors = floats([1], [1e8], [1])
+    changed = {name: vars(entry)[name] * factors for name in ("gate_in_sum2", "near_miss_in_sum2")}
+    large = replace(imatrix(), entries={DOWN: replace(entry, **changed)})
+    rows = large.importance(DOWN, 3, 2)
+    assert rows is not None
+    shape = rows / rows.mean(1, keepdims=True)
+    moved = (4 * np.array([0.5, 1.5]) + 2 * np.array([4 / 3, 2 / 3])) / 6
+    np.testing.assert_allclose(shape, [moved, [4 / 3, 2 / 3], [4 / 3, 2 / 3]], rtol=1e-5)
+
+
+def test_a_faint_near_miss_is_no_full_token() -> None:
+    entry = replace(expert_entry(), near_miss_gate_counts=floats(0, 0.005, 0))
+    np.testing.assert_allclose(entry.effective_tokens(), [4, 1.01, 0], rtol=1e-6)
+    np.testing.assert_array_equal(entry.tokens(), [4, 2, 0])
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1.0, 1e38])
+def test_importance_is_finite_whatever_the_sums(size: float) -> None:
+    """Sums and counts at both ends of float32, of a routed and of a lent token."""
+    values = floats([size, 0], [size, size], [0, 0])
+    for counts in (floats(1e-44, 1, 0), floats(1, 1e38, 0)):
+        lent = (values[::-1], floats(0, 0, 1), floats(0, 0, 1e-44))
+        entry = MatrixStatistics(values, counts, values, counts, *lent)
+        keys = {"moequant.calibration.kappa": 32.0}
+        found = Imatrix({DOWN: entry}, metadata=keys).importance(DOWN, 3, 2)
+        assert found is not None
+        assert np.isfinite(found).all() and (found >= 0).all() and (found.sum(1) > 0).all()
+
+
+@pytest.mark.parametrize(("sums", "count"), [(0, 0), (0, 5), (3, 0)])
+def test_what_saw_nothing_at_all_counts_as_missing(sums: float, count: float) -> None:
+    empty = MatrixStatistics(floats([sums] * 3), floats(count))
+    found = imatrix()
+    found.entries["blk.1.attn_q.weight"] = empty
+    assert found.importance("blk.1.attn_q.weight", 1, 3) is None
+    wanted = [("blk.1.attn_q.weight", 1, 3), (DOWN, 3, 2)]
+    assert found.check(wanted) == ("blk.1.attn_q.weight",)
 
 
 def test_without_kappa_only_the_unseen_expert_gets_the_pool() -> None:
@@ -83,9 +129,13 @@ def test_check_lists_every_misfit_and_returns_what_is_missing() -> None:
 
 
 def test_thin_experts_are_reported_with_their_numbers() -> None:
-    (thin,) = imatrix().thin_experts()
+    lent, thin = imatrix().thin_experts()  # what was lent makes an expert no less thin
+    assert (lent.layer, lent.expert, lent.tokens, lent.near_miss, lent.floor) == (3, 1, 1, 1, 2)
     assert (thin.layer, thin.expert, thin.tokens, thin.near_miss, thin.floor) == (3, 2, 0, 0, 2)
-    assert "layer 3, expert 2: 0 routed and 0 near-miss tokens of 2" in str(thin)
+    assert str(lent) == (
+        "layer 3, expert 1: routed tokens 1 of 2 wanted, 20.000% of the layer's; "
+        "near misses lent: 1"
+    )
     assert imatrix().routed_share() == {3: [0.8, pytest.approx(0.2), 0.0]}
     assert [thin.expert for thin in imatrix(floor=5).thin_experts()] == [0, 1, 2]
 
@@ -101,6 +151,35 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         for part, values in vars(entry).items():
             np.testing.assert_array_equal(getattr(found.entries[name], part), values)
     assert [path] == list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("kappa", float("nan")),
+        ("kappa", float("inf")),
+        ("kappa", -1.0),
+        ("kappa", "32"),
+        ("kappa", True),
+        ("floor", -1),
+        ("floor", 2.5),
+        ("floor", "256"),
+        ("floor", [1]),
+    ],
+)
+def test_damaged_settings_are_named(tmp_path: Path, key: str, value: object) -> None:
+    with pytest.raises(ImatrixError, match=rf"bad\.gguf: moequant\.calibration\.{key} is "):
+        Imatrix.read(damaged(tmp_path, keys={f"moequant.calibration.{key}": value}))
+
+
+def test_settings_of_unknown_types_are_left_out(tmp_path: Path) -> None:
+    odd = {"a": [1, 2], "b": True, "c": -1, "d": float("nan"), "e": 1 << 63}
+    good = {"moequant.calibration.seed": 3, "moequant.version": "1", "moequant.share": 0.5}
+    path = damaged(tmp_path, keys={f"moequant.calibration.{k}": v for k, v in odd.items()} | good)
+    found = Imatrix.read(path)
+    assert found.metadata == good
+    found.write(tmp_path / "again.gguf")
+    assert Imatrix.read(tmp_path / "again.gguf").metadata == good
 
 
 def test_the_layout_is_llama_imatrix_s(tmp_path: Path) -> None:
@@ -128,11 +207,15 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
         imatrix().write(tmp_path / "missing" / "a.gguf")
 
 
-def damaged(tmp_path: Path, **parts: np.ndarray) -> Path:
-    """A file with one entry whose parts are replaced."""
+def damaged(tmp_path: Path, keys: Mapping[str, object] | None = None, **parts: np.ndarray) -> Path:
+    """A file with one entry whose parts are replaced, and further keys."""
     whole = {"in_sum2": floats([1, 2], [3, 4]), "counts": floats([1], [1])}
     writer = gguf.GGUFWriter(tmp_path / "bad.gguf", "none")
     writer.add_type("imatrix")
+    for key, setting in (keys or {}).items():
+        kind = gguf.GGUFValueType.get_type(setting)
+        large = kind == gguf.GGUFValueType.INT32 and setting >= 1 << 31
+        writer.add_key_value(key, setting, gguf.GGUFValueType.UINT64 if large else kind)
     for part, values in (whole | parts).items():
         if values.size:
             writer.add_tensor(f"blk.0.x.weight.{part}", values)

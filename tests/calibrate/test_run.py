@@ -1,5 +1,6 @@
 """A whole calibration: text in, statistics out."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch
 
 from moequant.calibrate import CalibrationOptions, Imatrix, calibrate
 from moequant.calibrate.forward import StreamedModel
-from moequant.calibrate.observe import observable
+from moequant.calibrate.observe import LayerObserver, observable
 from moequant.calibrate.run import observe_model
+from moequant.checkpoint import Checkpoint
 from moequant.errors import CalibrationError, UsageError
 from tests.calibrate.models import ONE_LINE, described, windows
 from tests.checkpoints import KINDS
@@ -120,6 +122,88 @@ def test_activations_that_overflow_are_an_error() -> None:
         observe_model(model, windows(1, 16), CalibrationOptions())
 
 
+class Altered:
+    """The tensors of a checkpoint, with `change(name, tensor)` in the place of each."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, change: Callable[[str, torch.Tensor], torch.Tensor]
+    ) -> None:
+        self.tensors = checkpoint.tensors
+        self._read, self._change = checkpoint.read, change
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._change(name, self._read(name))
+
+
+def overflowing(expert: int) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    """An expert of layer 1 whose inner values have squares beyond float32, with a tiny down."""
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if f"layers.1.mlp.experts.{expert}." not in name:
+            return tensor
+        return tensor * (1e-20 if "down_proj" in name else 1e12)
+
+    return change
+
+
+def test_an_expert_that_overflows_on_lent_tokens_is_thin_and_no_more(tmp_path: Path) -> None:
+    """Expert 15 of layer 1 has the score 0, of the others half have more: it is never chosen."""
+    checkpoint, spec = described("qwen3-moe")
+    overflow = overflowing(15)
+
+    def change(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        if name.endswith("layers.1.mlp.gate.weight"):
+            half = tensor[:7]
+            return torch.cat([half, -half, tensor[14:15], 0 * tensor[15:]])
+        return overflow(name, tensor)
+
+    model = StreamedModel(Altered(checkpoint, change), spec)
+    entries = observe_model(model, windows(1), CalibrationOptions(floor=30))
+    assert entries["blk.1.ffn_down_exps.weight"].counts[15] == 0
+    keys = {"moequant.calibration.kappa": 32.0, "moequant.calibration.floor": 30}
+    imatrix = Imatrix(entries, metadata=keys)
+    for tensor in spec.tensors:
+        if tensor.name in entries:
+            found = imatrix.importance(tensor.name, tensor.n_matrices, tensor.shape[-1])
+            assert found is not None and np.isfinite(found).all() and (found >= 0).all()
+    thin = {r.expert: r.near_miss for r in imatrix.thin_experts() if r.layer == 1}
+    assert thin[15] == 0
+    assert all(near_miss > 0 for expert, near_miss in thin.items() if expert != 15)
+    imatrix.write(tmp_path / "a.gguf")
+    assert Imatrix.read(tmp_path / "a.gguf").entries.keys() == entries.keys()
+
+
+def test_routed_tokens_that_overflow_name_tensor_and_expert() -> None:
+    checkpoint, spec = described("qwen3-moe")
+    model = StreamedModel(Altered(checkpoint, overflowing(5)), spec)
+    with pytest.raises(CalibrationError, match=r"blk\.1\.ffn_down_exps\.weight, expert 5: "):
+        observe_model(model, windows(1), CalibrationOptions())
+
+
+def test_nothing_is_kept_after_a_layer_and_nothing_lent_above_the_floor(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A floor of 1 that all experts meet: the near-miss pass does not begin."""
+    observers: list[LayerObserver] = []
+    close = LayerObserver.close
+
+    def noted(self: LayerObserver) -> None:
+        assert self._scores and self._observer._inputs
+        close(self)
+        observers.append(self)
+
+    def never(*_: object) -> None:
+        raise AssertionError("no expert is below the floor")
+
+    monkeypatch.setattr(LayerObserver, "close", noted)
+    monkeypatch.setattr("moequant.calibrate.observe.near_misses", never)
+    observe_model(StreamedModel(*described("qwen3-moe")), windows(), CalibrationOptions(floor=1))
+    assert len(observers) == 4
+    for observer in observers:
+        kept = observer._observer
+        assert not (observer._scores or kept._inputs or kept._chosen or kept._gates)
+
+
 def test_a_tokenizer_of_another_model_is_noticed(text: Path) -> None:
     checkpoint, spec = described("gemma4-dense")
     small = type(spec)(**{**vars(spec), "vocab_size": 300})
@@ -140,3 +224,8 @@ def test_options_out_of_range_are_all_named() -> None:
         CalibrationOptions(tokens=100)
     with pytest.raises(UsageError, match="kappa = nan"):
         CalibrationOptions(kappa=float("nan"))
+    with pytest.raises(UsageError, match="kappa = inf"):
+        CalibrationOptions(kappa=float("inf"))
+    for seed in (-1, 1 << 63):
+        with pytest.raises(UsageError, match=f"seed = {seed}"):
+            CalibrationOptions(seed=seed)

@@ -1,11 +1,15 @@
 """Calibration text: what is read, in which order, and what is refused."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from moequant.calibrate import windows
 from moequant.calibrate.text import BUILT_IN, Document, read_corpus
 from moequant.calibrate.windows import (
     choose_windows,
@@ -15,7 +19,8 @@ from moequant.calibrate.windows import (
     token_stream,
 )
 from moequant.errors import CalibrationError, TokenizerError
-from tests.calibrate.models import folder
+from tests.calibrate.models import described, folder
+from tests.checkpoints import TEXT
 
 
 def texts(*sources: Path) -> list[str]:
@@ -55,6 +60,21 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"text": "good"}\n' + line + "\n")
     with pytest.raises(CalibrationError, match=r"a\.jsonl:2: "):
+        read_corpus([file])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        r'{"text": "a\ud800b"}',
+        r'{"messages": [{"role": "user", "content": "\udfff"}]}',
+        r'{"messages": [{"role": "user", "content": "a"}], "tools": [{"\ud800": 1}]}',
+    ],
+)
+def test_half_a_character_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(r'{"text": "\ud83d\ude00"}' + "\n" + line + "\n")
+    with pytest.raises(CalibrationError, match=r"a\.jsonl:2: .*lone surrogate"):
         read_corpus([file])
 
 
@@ -117,6 +137,63 @@ def test_windows_are_chosen_by_seed_and_kept_in_order() -> None:
 def test_bos_is_found_where_the_tokenizer_puts_it() -> None:
     assert leading_token(load_tokenizer(folder("gemma4-dense"))) == 2
     assert leading_token(load_tokenizer(folder("qwen3-dense"))) is None
+
+
+def without_bos(tokenizer: Any) -> Any:
+    """The tokenizer without its post-processor."""
+    tokenizer.backend_tokenizer.post_processor = None
+    assert leading_token(tokenizer) is None
+    return tokenizer
+
+
+def test_a_family_may_force_bos() -> None:
+    """Gemma 4's files say add_bos_token whatever the tokenizer does; the stream begins with it."""
+    kind = "gemma4-dense"
+    _, spec = described(kind)
+    documents = [Document("a", "the mill"), Document("b", "the wheel")]
+    expected = token_stream(load_tokenizer(folder(kind)), documents)
+    tokenizer = without_bos(load_tokenizer(folder(kind)))
+    assert leading_token(tokenizer, spec) == 2
+    assert torch.equal(token_stream(tokenizer, documents, spec), expected)
+    assert len(token_stream(tokenizer, documents)) == len(expected) - 2
+    assert torch.equal(token_stream(load_tokenizer(folder(kind)), documents, spec), expected)
+    _, qwen = described("qwen3-dense")
+    assert leading_token(load_tokenizer(folder("qwen3-dense")), qwen) is None
+
+
+@pytest.mark.parametrize("kind", ["gemma4-dense", "qwen3-dense"])
+def test_long_texts_are_tokenized_in_blocks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No token of these reaches over a line break and on, so that the ids are the same."""
+    text = "".join(f"{n}. {line}\n" for n in range(5) for line in TEXT.splitlines() if line)
+    documents = [Document("a", text), Document("b", "short"), Document("c", "")]
+    expected = token_stream(load_tokenizer(folder(kind)), documents)
+    tokenizer = load_tokenizer(folder(kind))
+    asked: list[str] = []
+    monkeypatch.setattr("moequant.calibrate.windows._BLOCK", 300)
+    monkeypatch.setattr(windows, "_ids", noting(windows._ids, asked))
+    _, spec = described(kind)
+    assert torch.equal(token_stream(tokenizer, documents, spec), expected)
+    assert "".join(asked) == text + "short"
+    assert len(asked) > 10 and max(map(len, asked)) < 450
+    if kind == "gemma4-dense":
+        assert torch.equal(token_stream(without_bos(tokenizer), documents, spec), expected)
+
+
+def noting(call: Callable[..., torch.Tensor], asked: list[str]) -> Callable[..., torch.Tensor]:
+    def noted(tokenizer: Any, text: str, **options: Any) -> torch.Tensor:
+        asked.append(text)
+        return call(tokenizer, text, **options)
+
+    return noted
+
+
+def test_code_of_a_checkpoint_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(
+        transformers.AutoTokenizer, "from_pretrained", lambda _, **options: given.update(options)
+    )
+    load_tokenizer(folder("qwen3-dense"))
+    assert given == {"local_files_only": True, "trust_remote_code": False}
 
 
 def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 """Perplexity against the loss that transformers' ordinary logits give."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
-from moequant.errors import UsageError
-from moequant.evaluate import Perplexity, perplexity
-from tests.calibrate.models import described, reference, windows
+from moequant.calibrate.forward import StreamedModel
+from moequant.errors import CalibrationError, UsageError
+from moequant.evaluate import Perplexity, perplexity, text_windows
+from tests.calibrate.models import ONE_LINE, described, folder, reference, windows
 
 
 @pytest.mark.parametrize("kind", ["gemma4-additive", "qwen3-dense-tied"])
@@ -40,3 +42,32 @@ def test_the_estimate_is_llama_perplexity_s() -> None:
 def test_windows_without_anything_to_score_are_refused() -> None:
     with pytest.raises(UsageError, match="windows of 2"):
         perplexity(*described("qwen3-dense"), windows(1, 2))
+
+
+def test_positions_go_through_the_norm_batch_by_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = windows(5, 9)
+    whole = perplexity(*described("qwen3-dense"), ids)
+    sizes: list[int] = []
+    norm = StreamedModel.final_norm
+
+    def noted(self: StreamedModel, hidden: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(hidden))
+        return norm(self, hidden)
+
+    monkeypatch.setattr(StreamedModel, "final_norm", noted)
+    found = perplexity(*described("qwen3-dense"), ids, batch_tokens=18)
+    assert sizes == [8, 8, 4]  # four positions of each window
+    torch.testing.assert_close(found.nll, whole.nll, rtol=1e-5, atol=1e-5)
+
+
+def test_windows_follow_the_model_where_it_is_given(tmp_path: Path) -> None:
+    """BOS is the family's; an id that the model lacks is noticed before any work."""
+    text = tmp_path / "a.txt"
+    text.write_text(ONE_LINE)
+    _, spec = described("gemma4-dense")
+    plain = text_windows(folder("gemma4-dense"), text, 32)
+    found = text_windows(folder("gemma4-dense"), text, 32, spec=spec)
+    assert torch.equal(found, plain) and found[:, 0].unique().tolist() == [2]
+    small = type(spec)(**{**vars(spec), "vocab_size": 300})
+    with pytest.raises(CalibrationError, match="300 rows"):
+        text_windows(folder("gemma4-dense"), text, 32, spec=small)

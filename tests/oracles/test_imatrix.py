@@ -25,12 +25,14 @@ from moequant.pipeline import ExportOptions, export
 from moequant.runtime.llama_cpp import LlamaCpp
 from tests.calibrate.models import ONE_LINE, folder
 from tests.checkpoints import KINDS
+from tests.oracles import perplexity_tool
+from tests.oracles.perplexity_tool import final_estimate
 
 pytestmark = pytest.mark.llama_cpp
 
 LENGTH = 128
 KEPT = tempfile.TemporaryDirectory()
-EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32", "-ngl", "0", "-t", "1")
+EXACT = (*perplexity_tool.EXACT, "-ngl", "0", "-t", "1")
 
 
 def run(llama_cpp: LlamaCpp, tool: str, *arguments: object) -> str:
@@ -85,28 +87,29 @@ def theirs(llama_cpp: LlamaCpp, checkpoint_folder: Path, text: Path) -> Imatrix:
 
 
 def compare(ours: Imatrix, theirs: Imatrix) -> None:
-    """Every tensor and expert: sums within 0.5 %, counts within 1 %, one flipped token besides."""
+    """Every tensor and expert: sums within 0.5 %, counts within 1 %.
+
+    Every expert has enough tokens that one of them, routed elsewhere, is inside of that.
+    """
     assert (ours.chunk_count, ours.chunk_size) == (theirs.chunk_count, theirs.chunk_size)
     tied_output = {"token_embd.weight"}  # which llama-imatrix, unlike us, has no entry for
     assert ours.entries.keys() - tied_output == theirs.entries.keys() - tied_output
     for name, entry in theirs.entries.items():
         found = ours.entries[name]
         assert found.in_sum2.shape == entry.in_sum2.shape, name
-        np.testing.assert_allclose(found.counts, entry.counts, rtol=0.01, atol=1, err_msg=name)
-        flipped = found.counts != entry.counts
-        allowed = 0.005 + np.where(flipped, 3 / entry.counts, 0)  # a token weighs what it weighs
+        assert entry.counts.min() >= 100, (name, entry.counts)
+        np.testing.assert_allclose(found.counts, entry.counts, rtol=0.01, err_msg=name)
         apart = np.abs(found.in_sum2 - entry.in_sum2).sum(1) / entry.in_sum2.sum(1)
-        assert (apart < allowed).all(), (name, apart)
+        assert (apart < 0.005).all(), (name, apart)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_sums_and_counts_are_llama_imatrix_s(kind: str, llama_cpp: LlamaCpp) -> None:
-    found, expected = ours(folder(kind), text(3)), theirs(llama_cpp, folder(kind), text(3))
+    found, expected = ours(folder(kind), text(12)), theirs(llama_cpp, folder(kind), text(12))
     compare(found, expected)
     if "moe" in kind or "additive" in kind:
         routed = [e.counts for n, e in expected.entries.items() if "_exps" in n]
         assert len({tuple(counts) for counts in routed}) > 1  # layers route differently
-        assert min(counts.min() for counts in routed) > 0
     if "qwen3" in kind:  # no table in its activation: nothing at all is apart
         for name, entry in expected.entries.items():
             np.testing.assert_allclose(found.entries[name].in_sum2, entry.in_sum2, rtol=1e-4)
@@ -116,7 +119,7 @@ def test_sums_and_counts_are_llama_imatrix_s(kind: str, llama_cpp: LlamaCpp) -> 
 def test_the_trained_model_agrees_too(llama_cpp: LlamaCpp, tiny_model: Path) -> None:
     """A real, trained additive MoE: what is compared above holds outside of random weights."""
     source = Path(KEPT.name) / "held-out.txt"
-    source.write_text(" ".join((tiny_model / "held-out.txt").read_text()[:5000].split()))
+    source.write_text(" ".join((tiny_model / "held-out.txt").read_text()[:20000].split()))
     compare(ours(tiny_model, source, like_ggml=False), theirs(llama_cpp, tiny_model, source))
 
 
@@ -157,20 +160,6 @@ def test_perplexity_is_llama_perplexity_s(kind: str, llama_cpp: LlamaCpp) -> Non
     checkpoint: Checkpoint = open_checkpoint(folder(kind))
     windows = text_windows(checkpoint.path, text(2), LENGTH)
     found = perplexity(checkpoint, describe(checkpoint), windows)
-    ppl, stderr = llama_perplexity(llama_cpp, f32_file(folder(kind)), text(2))
+    ppl, stderr = final_estimate(llama_cpp, f32_file(folder(kind)), text(2), context=LENGTH)
     assert found.ppl == pytest.approx(ppl, rel=0.005)
     assert found.stderr == pytest.approx(stderr, rel=0.005)
-
-
-def llama_perplexity(llama_cpp: LlamaCpp, model: Path, text: Path) -> tuple[float, float]:
-    """PPL and its error. The tool's logger often loses its last lines at exit on a busy machine,
-    the result among them, with exit code 0; it is asked again then."""
-    for _ in range(20):
-        told = run(
-            llama_cpp, "llama-perplexity", "-m", model, "-f", text,
-            "-c", LENGTH, "-b", LENGTH, *EXACT,
-        )  # fmt: skip
-        final = re.search(r"Final estimate: PPL = ([\d.]+) \+/- ([\d.]+)", told)
-        if final is not None:
-            return float(final[1]), float(final[2])
-    raise AssertionError(told[-3000:])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moequant.errors import ExportError, PlanError
 from moequant.plan import Plan, TensorPlan, fallback_bpw, fallback_rows, preset_plan
-from tests.plan.models import KINDS, qwen3
+from tests.plan.models import KINDS, FakeModel, FakeTensor, qwen3
 
 MODEL = KINDS["gemma4-additive"]
 PLAN = preset_plan("Q4_K_M", MODEL, has_imatrix=True)
@@ -25,6 +25,7 @@ SMALL = Plan(
         TensorPlan("blk.0.ffn_down.weight", (256, 96), "Q5_0", "Q4_K", "rows of 96"),
     ),
 )
+SMALL_MODEL = FakeModel("qwen3", tuple(FakeTensor(t.name, t.shape) for t in SMALL.tensors))
 SMALL_TEXT = """{
   "version": 1,
   "preset": "Q4_K_M",
@@ -46,6 +47,27 @@ def edited(edit: Any) -> str:
     document = json.loads(SMALL_TEXT)
     edit(document)
     return json.dumps(document)
+
+
+def _set(*path: str, to: Any) -> Any:
+    def edit(document: Any) -> None:
+        for key in path[:-1]:
+            document = document[key]
+        document[path[-1]] = to
+
+    return edit
+
+
+def _remove(*path: str) -> Any:
+    def edit(document: Any) -> None:
+        for key in path[:-1]:
+            document = document[key]
+        del document[path[-1]]
+
+    return edit
+
+
+DOWN = ("tensors", "blk.0.ffn_down.weight")
 
 
 def test_the_text_is_this() -> None:
@@ -118,6 +140,29 @@ def test_an_edited_type_is_read() -> None:
     assert not plan.tensors[0].is_fallback
 
 
+@pytest.mark.parametrize("qtype", ["Q8_0", "F16", "IQ4_NL"])
+def test_a_fallback_that_was_edited_is_a_choice(qtype: str) -> None:
+    """The old type and reason do not explain the new type."""
+    plan = Plan.from_json(edited(_set(*DOWN, "type", to=qtype)))
+    assert plan.tensors[2] == TensorPlan("blk.0.ffn_down.weight", (256, 96), qtype, qtype)
+    assert fallback_rows(plan) == []
+    assert "wanted" not in plan.to_json()
+
+
+def test_a_reason_without_a_fallback_is_dropped() -> None:
+    text = edited(_set(*DOWN, "wanted", to="Q5_0"))
+    assert Plan.from_json(text).tensors[2].reason == ""
+
+
+def test_the_tensors_that_were_edited() -> None:
+    plan = Plan.from_json(edited(_set("tensors", "token_embd.weight", "type", to="q8_0")))
+    assert plan.edited(SMALL) == ("token_embd.weight",)
+    assert SMALL.edited(SMALL) == Plan.from_json(SMALL_TEXT).edited(SMALL) == ()
+    fewer = dataclasses.replace(SMALL, tensors=SMALL.tensors[:2])
+    assert SMALL.edited(fewer) == ("blk.0.ffn_down.weight",)
+    assert fewer.edited(SMALL) == ()
+
+
 def test_the_digest_sees_every_field() -> None:
     others = [
         dataclasses.replace(SMALL, preset="Q4_K_S"),
@@ -129,27 +174,6 @@ def test_the_digest_sees_every_field() -> None:
     ]
     assert len({plan.digest() for plan in [SMALL, *others]}) == 7
     assert SMALL.digest() == Plan.from_json(SMALL_TEXT.replace("\n", " ")).digest()
-
-
-def _set(*path: str, to: Any) -> Any:
-    def edit(document: Any) -> None:
-        for key in path[:-1]:
-            document = document[key]
-        document[path[-1]] = to
-
-    return edit
-
-
-def _remove(*path: str) -> Any:
-    def edit(document: Any) -> None:
-        for key in path[:-1]:
-            document = document[key]
-        del document[path[-1]]
-
-    return edit
-
-
-DOWN = ("tensors", "blk.0.ffn_down.weight")
 
 
 @pytest.mark.parametrize(
@@ -177,14 +201,6 @@ DOWN = ("tensors", "blk.0.ffn_down.weight")
         (_set(*DOWN, "shape", to=[True, 32]), r"positive integers, found \[True, 32\]"),
         (_remove(*DOWN, "type"), r"ffn_down.weight: type is missing"),
         (_remove(*DOWN, "shape"), r"ffn_down.weight: shape is missing"),
-        (
-            _set(*DOWN, "type", to="Q6_K"),
-            r"Q6_K holds blocks of 256, the rows have 96 values; use Q8_0",
-        ),
-        (
-            _set("tensors", "output_norm.weight", "type", to="Q8_0"),
-            r"output_norm.weight: Q8_0: vectors, norms and scales must be F32",
-        ),
     ],
 )
 def test_wrong_plans_are_refused(edit: Any, message: str) -> None:
@@ -196,12 +212,44 @@ def test_wrong_plans_are_refused(edit: Any, message: str) -> None:
 def test_one_error_lists_all_offenders() -> None:
     def edit(document: Any) -> None:
         document["tensors"]["token_embd.weight"]["type"] = "Q7_K"
-        document["tensors"]["blk.0.ffn_down.weight"]["type"] = "Q4_K"
+        document["tensors"]["blk.0.ffn_down.weight"]["type"] = "Q3"
 
     with pytest.raises(PlanError, match="2 wrong in the plan") as caught:
         Plan.from_json(edited(edit))
-    assert "token_embd.weight" in str(caught.value)
-    assert "blk.0.ffn_down.weight: Q4_K holds blocks of 256" in str(caught.value)
+    assert "token_embd.weight: unknown type 'Q7_K'" in str(caught.value)
+    assert "blk.0.ffn_down.weight: unknown type 'Q3'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            _set(*DOWN, "type", to="Q6_K"),
+            r"1 offenders:\n.*Q6_K holds blocks of 256, the rows have 96 values; use Q8_0",
+        ),
+        (
+            _set("tensors", "output_norm.weight", "type", to="Q8_0"),
+            r"1 offenders:\n.*output_norm.weight: Q8_0: vectors, norms and scales must be F32",
+        ),
+        (
+            _set("tensors", "token_embd.weight", "shape", to=[64, 100]),
+            r"1 offenders:\n.*token_embd.weight: shape \[64, 100\] in the plan, \[64, 256\] in",
+        ),
+        (
+            _set("tensors", "output_norm.weight", "shape", to=[2, 128]),
+            r"1 offenders:\n.*output_norm.weight: shape \[2, 128\] in the plan, \[256\] in the",
+        ),
+    ],
+)
+def test_what_the_model_cannot_have_is_refused(edit: Any, message: str) -> None:
+    """An edited shape is what is wrong, not the type that does not go with it."""
+    with pytest.raises(PlanError, match=message):
+        Plan.from_json(edited(edit)).check(SMALL_MODEL)
+
+
+def test_names_are_read_in_any_case() -> None:
+    lower = SMALL_TEXT.replace("Q", "q").replace("F", "f").replace("_K", "_k")
+    assert Plan.from_json(lower) == SMALL
 
 
 @pytest.mark.parametrize(

@@ -78,3 +78,20 @@ def test_no_rows(name: str) -> None:
     empty = quantize(torch.zeros(0, 256), name)
     assert empty.shape == (0, row_bytes(name, 256))
     assert dequantize(empty, name, 256).shape == (0, 256)
+
+
+@pytest.mark.parametrize("name", QUANT_TYPES)
+def test_bad_importance_is_refused_even_where_it_is_not_used(name: str) -> None:
+    with pytest.raises(ValueError, match="importance has 256 negative, NaN or Inf of 256"):
+        quantize(torch.zeros(2, 256), name, torch.full((256,), -1.0))
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if not CODECS[name].weighted])
+def test_importance_that_is_not_used_costs_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither F32, which is a copy, nor types without a search scale it first."""
+    x, importance = torch.randn(2, 256), torch.rand(256)
+    expected = quantize(x, name)
+    monkeypatch.delattr("moequant.quants._normalised")
+    assert torch.equal(quantize(x, name, importance), expected)

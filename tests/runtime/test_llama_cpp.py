@@ -69,8 +69,29 @@ def test_a_package_that_cannot_be_had(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_missing_build_tools_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(LlamaCppError, match="needs cmake and ninja"):
+    monkeypatch.setattr("sys.executable", str(tmp_path / "bin" / "python"))
+    message = "cmake and ninja, and neither PATH nor .*/bin has them.* pip install cmake ninja"
+    with pytest.raises(LlamaCppError, match=message):
         runtime._build(tmp_path, tmp_path / "build", ["x"], lambda _: None)
+
+
+def test_build_tools_beside_this_python_are_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a venv that is not activated, where ninja is not on cmake's PATH either."""
+    bin_folder = tmp_path / "venv" / "bin"
+    bin_folder.mkdir(parents=True)
+    for name in ("cmake", "ninja"):
+        script = bin_folder / name
+        script.write_text(f'#!/bin/sh\necho "$0 $@" >> "{tmp_path}/calls"\n')
+        script.chmod(0o755)
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr("sys.executable", str(bin_folder / "python"))
+    runtime._build(tmp_path / "source", tmp_path / "build", ["x"], lambda _: None)
+    configured, built = (tmp_path / "calls").read_text().splitlines()
+    assert configured.startswith(f"{bin_folder}/cmake -S {tmp_path}/source")
+    assert f"-DCMAKE_MAKE_PROGRAM={bin_folder}/ninja" in configured
+    assert built == f"{bin_folder}/ninja -C {tmp_path}/build x"
 
 
 def test_a_failing_build_shows_the_end_of_its_log(tmp_path: Path) -> None:
