@@ -3,7 +3,7 @@
 Owns: wording, order, units. Leaves out: measuring anything. Sizes are decimal (1 GB = 10⁹ bytes).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -239,10 +239,23 @@ def _fallback_notes(plan: Plan) -> list[RenderableType]:
                  style="yellow")  # fmt: skip
     for row in rows:
         lines.append(
-            f"\n  {row.role} × {len(row.tensors)}: {row.wanted} → {row.qtype}, "
-            f"{row.extra_bpw:+.2f} bits per weight, {size(row.extra_bytes)} ({row.reason})"
+            f"\n  {row.role} × {len(row.tensors)}{_layers(row.tensors)}: "
+            f"{row.wanted} → {row.qtype}, {row.extra_bpw:+.2f} bits per weight, {size(row.extra_bytes)} ({row.reason})"
         )
     return [lines]
+
+
+def _layers(names: Sequence[str]) -> str:
+    """` (layers 0-2, 5)` of tensors `blk.N.…`; nothing for tensors outside the layers."""
+    numbers = sorted(int(name.split(".")[1]) for name in names if name.startswith("blk."))
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    shown = ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
+    return f" (layers {shown})" if shown else ""
 
 
 def _thin_notes(thin: list[str]) -> list[RenderableType]:

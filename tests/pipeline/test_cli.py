@@ -38,7 +38,7 @@ def test_export_prints_fallbacks_sizes_and_perplexity(checkpoint: Path, tmp_path
     text.write_text("A text that is long enough to be measured. " * 400)
     result = run("export", checkpoint, "-o", path, *SHORT, "--perplexity", text)
     assert result.exit_code == 0, result.output
-    assert "ffn_down_exps × 2: Q4_K → Q5_0, +1.00 bits per weight" in result.output
+    assert "ffn_down_exps × 2 (layers 0-1): Q4_K → Q5_0, +1.00 bits per weight" in result.output
     for expected in ("bits per weight", "perplexity before", "perplexity after", "token_embd"):
         assert expected in result.output
     assert path.is_file()
