@@ -240,7 +240,8 @@ def _fallback_notes(plan: Plan) -> list[RenderableType]:
     for row in rows:
         lines.append(
             f"\n  {row.role} × {len(row.tensors)}{_layers(row.tensors)}: "
-            f"{row.wanted} → {row.qtype}, {row.extra_bpw:+.2f} bits per weight, {size(row.extra_bytes)} ({row.reason})"
+            f"{row.wanted} → {row.qtype}, {row.extra_bpw:+.2f} bits per weight, "
+            f"{size(row.extra_bytes)} ({row.reason})"
         )
     return [lines]
 
