@@ -18,6 +18,7 @@ from moequant.checkpoint.hub import looks_like_path
 from moequant.errors import GGUFError, UsageError
 from moequant.gguf_file import GGUFFile, is_gguf, read_gguf
 from moequant.parameters import Parameters, count_parameters, is_expert
+from moequant.plan import role_of
 
 # Keys whose arrays are long and say nothing to a reader.
 HIDDEN_ARRAYS = 16
@@ -174,14 +175,6 @@ def _imatrix(path: Path, file: GGUFFile) -> Inspection:
         left_out=[],
         metadata=_readable(file.metadata),
     )
-
-
-def role_of(name: str) -> str:
-    """A GGUF tensor's name without its layer and suffix: `blk.3.attn_q.weight` → `attn_q`."""
-    parts = name.split(".")
-    if parts[0] == "blk" and len(parts) > 2:
-        parts = parts[2:]
-    return ".".join(parts).removesuffix(".weight")
 
 
 def _by_role(items: Iterable[tuple[str, Any]]) -> list[tuple[str, list[Any]]]:

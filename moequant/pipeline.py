@@ -232,7 +232,7 @@ def _unweighted(plan: Plan, imatrix: Imatrix | None) -> tuple[str, ...]:
 def _edited(plan: Plan, model: ModelSpec) -> tuple[str, ...]:
     """Tensors whose type is not the one the plan's preset gives them."""
     preset = preset_plan(plan.preset, model, has_imatrix=plan.has_imatrix, base=plan.base)
-    return tuple(name for name, qtype in plan.types.items() if preset.types[name] != qtype)
+    return plan.edited(preset)
 
 
 def _notes(checkpoint: Checkpoint, imatrix: Imatrix | None) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ encoded, and measured allocation to a size, which will be a second way to make a
 
 from moequant.plan.choose import preset_plan
 from moequant.plan.fallbacks import FallbackRow, fallback_bpw, fallback_rows
-from moequant.plan.model import Model, Tensor
+from moequant.plan.model import Model, Tensor, role_of
 from moequant.plan.plan import Plan, TensorPlan
 from moequant.plan.presets import PRESETS, Preset
 
@@ -21,4 +21,5 @@ __all__ = [
     "fallback_bpw",
     "fallback_rows",
     "preset_plan",
+    "role_of",
 ]

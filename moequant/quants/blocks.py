@@ -73,11 +73,6 @@ def as_columns(x: Tensor, size: int, name: str) -> Tensor:
     return scratch(name, x, size, len(groups)).copy_(groups.t())
 
 
-def as_rows(columns: Tensor, block_size: int) -> Tensor:
-    """Inverse of `as_columns`: [size, n*k] to [n, block_size]."""
-    return columns.t().reshape(-1, block_size)
-
-
 def scratch(name: str, like: Tensor, *shape: int) -> Tensor:
     """Uninitialised float32 memory that this thread's next call with the same name overwrites.
 

@@ -55,12 +55,6 @@ def _compiled(function: Function, inline: bool) -> Function:
 
 
 @inlined
-def round_even(x: np.float32) -> np.float32:
-    """Nearest whole number, ties to even."""
-    return np.float32(np.rint(x))
-
-
-@inlined
 def clamp(x: np.float32, low: np.float32, high: np.float32) -> np.float32:
     """x within low..high."""
     return min(max(x, low), high)
@@ -108,12 +102,5 @@ def through_half(x: np.float32) -> np.float32:
 def store_half(out: NDArray[np.uint8], offset: int, x: np.float32) -> None:
     """Write x as fp16, little-endian, to out[offset:offset + 2]."""
     bits = half_bits(x)
-    out[offset] = np.uint8(bits & 0xFF)
-    out[offset + 1] = np.uint8(bits >> 8)
-
-
-@inlined
-def store_u16(out: NDArray[np.uint8], offset: int, bits: np.uint16) -> None:
-    """Write bits, little-endian, to out[offset:offset + 2]."""
     out[offset] = np.uint8(bits & 0xFF)
     out[offset + 1] = np.uint8(bits >> 8)

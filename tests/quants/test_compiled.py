@@ -11,7 +11,10 @@ import torch
 
 import moequant
 from moequant.quants import CODECS, QUANT_TYPES, compiled, kernels, quantize
+from tests.oracles.ggml import Ggml
+from tests.quants.test_compiled_symmetric import error_ratio
 
+Matrices = dict[str, torch.Tensor]
 PACKAGE = Path(moequant.__file__).parents[1]
 
 
@@ -93,3 +96,15 @@ def run_python(script: str, *arguments: str, **environment: str) -> None:
         env={**os.environ, "PYTHONPATH": str(PACKAGE), **environment},
         check=True,
     )
+
+
+@pytest.mark.parametrize("kind", ["outliers", "positive", "negative", "uneven", "real"])
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_0", "Q4_1", "Q5_1", "Q3_K", "Q6_K", "MXFP4"])
+def test_no_worse_than_ggml_on_unlikely_rows(
+    name: str, kind: str, ggml: Ggml, matrices: Matrices
+) -> None:
+    x = matrices[kind]
+    heavy = torch.rand(x.shape[1])
+    heavy[::97] = 1e8
+    for importance in (None, torch.rand(x.shape[1]), torch.randn(x.shape[1]).square(), heavy):
+        assert error_ratio(ggml, x, name, importance) <= 1.001

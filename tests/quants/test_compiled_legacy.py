@@ -5,10 +5,8 @@ import torch
 
 from moequant.quants import QUANT_TYPES, dequantize, kernels, quantize
 from tests.oracles.ggml import Ggml, weighted_error
-from tests.quants.test_compiled_symmetric import error_ratio
 
 SEARCHED = ("Q4_0", "Q5_0", "Q4_1", "Q5_1")
-Matrices = dict[str, torch.Tensor]
 
 
 @pytest.mark.parametrize("name", SEARCHED)
@@ -22,18 +20,6 @@ def test_a_block_does_not_know_who_shares_its_lanes(name: str) -> None:
         alone = torch.empty(1, size, dtype=torch.uint8).numpy()
         kernels()[name](x[i : i + 1], weights, i, alone)
         assert (alone == together[i]).all(), i
-
-
-@pytest.mark.parametrize("kind", ["outliers", "positive", "negative", "uneven", "real"])
-@pytest.mark.parametrize("name", SEARCHED)
-def test_no_worse_than_ggml_on_unlikely_rows(
-    name: str, kind: str, ggml: Ggml, matrices: Matrices
-) -> None:
-    x = matrices[kind]
-    heavy = torch.rand(x.shape[1])
-    heavy[::97] = 1e8
-    for importance in (None, torch.rand(x.shape[1]), torch.randn(x.shape[1]).square(), heavy):
-        assert error_ratio(ggml, x, name, importance) <= 1.001
 
 
 @pytest.mark.parametrize("name", ["Q4_1", "Q5_1"])
