@@ -34,7 +34,7 @@ CMAKE_OPTIONS = (
     "-DLLAMA_BUILD_APP=OFF",
     "-DLLAMA_OPENSSL=OFF",
 )
-TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity")
+TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
 LOG_TAIL = 15  # lines of a failed build's log that the error shows
 
 Report = Callable[[str], None]

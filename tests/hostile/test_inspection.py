@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from moequant import reports
 from moequant.errors import GGUFError, MoequantError, UsageError
 from moequant.gguf_export.metadata import MetadataEntry
 from moequant.gguf_export.writer import TensorToWrite, write_gguf
 from moequant.gguf_file import is_gguf
 from moequant.inspection import Inspection, inspect
+from moequant.tables.inspection import inspection_tables
 
 SHAPES = {"token_embd.weight": (8, 32), "blk.0.ffn_up_exps.weight": (4, 8, 32)}
 NAN, INF = math.nan, math.inf
@@ -47,7 +47,7 @@ def look(path: Path, values: dict[str, Any], shapes: Any = SHAPES) -> Inspection
 
 def show(found: Inspection) -> Inspection:
     console = Console(file=StringIO(), markup=False, width=100)
-    for table in reports.inspection_tables(found):
+    for table in inspection_tables(found):
         console.print(table)
     json.dumps(found.to_json(), allow_nan=False)
     return found

@@ -1,6 +1,6 @@
-"""Results as tables for a terminal and as data for `--json`.
+"""Tables and data of `export`, `plan`, `calibrate` and `presets`.
 
-Owns: wording, order, units. Leaves out: measuring anything. Sizes are decimal (1 GB = 10⁹ bytes).
+Owns: wording, order. Leaves out: measuring anything.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,43 +12,23 @@ from rich.table import Table
 from rich.text import Text
 
 from moequant.plan import Plan, Preset, fallback_bpw, fallback_rows
+from moequant.tables.common import count, grid, left_out, parameters_json, size, thin_notes
 
 if TYPE_CHECKING:
     from moequant.calibrate import Imatrix
-    from moequant.inspection import Inspection
     from moequant.pipeline import ExportResult, Fidelity
-
-SHOWN_ROWS = 20  # lines of a list that can be as long as the model has experts
-HISTOGRAM = " ▁▂▃▄▅▆▇█"
-
-
-def size(nbytes: float) -> str:
-    """Bytes with a decimal unit."""
-    for unit in ("B", "kB", "MB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.2f} GB"
-
-
-def count(parameters: int) -> str:
-    """A number of parameters, short."""
-    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if parameters >= limit:
-            return f"{parameters / limit:.1f}{unit}"
-    return str(parameters)
 
 
 def export_tables(result: "ExportResult", fidelity: "Fidelity | None") -> list[RenderableType]:
     """Fallbacks, thin experts, then size and (if measured) fidelity."""
     tables = _fallback_notes(result.plan)
     if result.imatrix is not None:
-        tables += _thin_notes([str(expert) for expert in result.imatrix.thin_experts()])
+        tables += thin_notes([str(expert) for expert in result.imatrix.thin_experts()])
     tables += _unweighted_notes(result.unweighted)
     tables += [Text(note, style="yellow") for note in result.notes]
     if result.model.left_out:
-        tables.append(_left_out(list(result.model.left_out)))
-    table = _grid(str(result.path))
+        tables.append(left_out(list(result.model.left_out)))
+    table = grid(str(result.path))
     table.add_row("architecture", result.model.architecture)
     parameters = result.parameters
     table.add_row("parameters", f"{count(parameters.total)} total, {count(parameters.active)} "
@@ -73,7 +53,7 @@ def export_json(result: "ExportResult", fidelity: "Fidelity | None") -> dict[str
         "file_bytes": result.file_bytes,
         "source_bytes": result.source_bytes,
         "architecture": result.model.architecture,
-        "parameters": _parameters(result.parameters),
+        "parameters": parameters_json(result.parameters),
         **plan_json(result.plan),
         "unweighted": list(result.unweighted),
         "edited": list(result.edited),
@@ -93,7 +73,7 @@ def export_json(result: "ExportResult", fidelity: "Fidelity | None") -> dict[str
 
 def plan_tables(plan: Plan) -> list[RenderableType]:
     """Fallbacks, then what the plan comes to."""
-    table = _grid("plan")
+    table = grid("plan")
     table.add_row("types", f"{plan.preset}: {_type_shares(plan)}")
     table.add_row("size", size(plan.size_bytes))
     table.add_row("bits per weight", f"{plan.bpw:.2f}")
@@ -118,12 +98,12 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 def imatrix_tables(path: Path, imatrix: "Imatrix") -> list[RenderableType]:
     """What was measured, and every expert that stayed thin."""
-    table = _grid(str(path))
+    table = grid(str(path))
     table.add_row("tensors", str(len(imatrix.entries)))
     table.add_row("text", ", ".join(imatrix.datasets))
     table.add_row("tokens", f"{imatrix.chunk_count * imatrix.chunk_size} "
                   f"({imatrix.chunk_count} × {imatrix.chunk_size})")  # fmt: skip
-    return [*_thin_notes([str(expert) for expert in imatrix.thin_experts()]), table]
+    return [*thin_notes([str(expert) for expert in imatrix.thin_experts()]), table]
 
 
 def imatrix_json(path: Path, imatrix: "Imatrix") -> dict[str, Any]:
@@ -156,79 +136,6 @@ def presets_json(presets: Mapping[str, Preset]) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def inspection_tables(found: "Inspection") -> list[RenderableType]:
-    """Summary, types by role, experts, provenance; what does not apply is left out."""
-    summary = _grid(found.path)
-    summary.add_row("kind", found.kind)
-    if found.parameters is not None:
-        parameters = found.parameters
-        summary.add_row("architecture", found.architecture)
-        summary.add_row("parameters", f"{count(parameters.total)} total, "
-                        f"{count(parameters.active)} active per token")  # fmt: skip
-        summary.add_row("dense", f"{count(parameters.dense)}, {size(found.dense_bytes)}")
-        summary.add_row("experts", f"{count(parameters.expert)}, {size(found.expert_bytes)}")
-        summary.add_row("bits per weight", f"{found.bpw:.2f}")
-    tables: list[RenderableType] = [summary, _role_table(found)]
-    if found.routed_share:
-        tables.append(_experts_table(found.routed_share))
-    tables += _thin_notes(found.thin_experts)
-    if found.left_out:
-        tables.append(_left_out(found.left_out))
-    tables.append(_metadata_table(found.metadata))
-    return tables
-
-
-def _role_table(found: "Inspection") -> Table:
-    columns = ["role", "type", "tensors", "values"]
-    if found.nbytes:
-        columns += ["size", "bits per weight"]
-    table = Table(box=None, header_style="bold")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("role", "type") else "right")
-    for role in found.roles:
-        row = [role.role, role.qtype, str(role.tensors), count(role.parameters)]
-        if found.nbytes:
-            row += [size(role.nbytes), f"{role.bpw:.2f}"]
-        table.add_row(*row)
-    return table
-
-
-def _experts_table(routed_share: dict[int, list[float]]) -> Table:
-    """Per layer: the experts' share of routed tokens, against an even share of 1."""
-    table = Table(box=None, header_style="bold", title="experts by routed share (1 = even)")
-    for column in ("layer", "least", "most", "experts 0 …"):
-        table.add_column(column, justify="right" if column != "experts 0 …" else "left")
-    for bid, shares in sorted(routed_share.items()):
-        relative = [share * len(shares) for share in shares]
-        bars = "".join(HISTOGRAM[min(8, round(4 * value))] for value in relative)
-        table.add_row(
-            str(bid),
-            f"{min(relative):.2f} (e{relative.index(min(relative))})",
-            f"{max(relative):.2f} (e{relative.index(max(relative))})",
-            bars,
-        )
-    return table
-
-
-def _left_out(names: list[str]) -> Text:
-    """Checkpoint tensors that are not exported, by the module they belong to."""
-    groups: dict[str, int] = {}
-    for name in names:
-        module = ".".join(name.split(".")[:2])
-        groups[module] = groups.get(module, 0) + 1
-    listed = ", ".join(f"{module} ({n})" for module, n in groups.items())
-    return Text(f"left out: {len(names)} tensors: {listed}", style="yellow")
-
-
-def _metadata_table(metadata: Mapping[str, Any]) -> Table:
-    table = Table(box=None, show_header=False)
-    table.add_column(style="cyan")
-    table.add_column(overflow="fold")
-    for key, value in metadata.items():
-        table.add_row(Text(key), Text(str(value)))
-    return table
-
-
 def _fallback_notes(plan: Plan) -> list[RenderableType]:
     """One line per kind of tensor that did not get the type the preset wants for it."""
     rows = fallback_rows(plan)
@@ -259,14 +166,6 @@ def _layers(names: Sequence[str]) -> str:
     return f" (layers {shown})" if shown else ""
 
 
-def _thin_notes(thin: list[str]) -> list[RenderableType]:
-    if not thin:
-        return []
-    shown = "".join(f"\n  {line}" for line in thin[:SHOWN_ROWS])
-    rest = f"\n  … and {len(thin) - SHOWN_ROWS} more" if len(thin) > SHOWN_ROWS else ""
-    return [Text(f"{len(thin)} experts stayed thin in calibration:{shown}{rest}", style="yellow")]
-
-
 def _unweighted_notes(names: tuple[str, ...]) -> list[RenderableType]:
     """Tensors that a search quantized without importance although an imatrix was there."""
     if not names:
@@ -281,16 +180,3 @@ def _type_shares(plan: Plan) -> str:
         nbytes[tensor.qtype] = nbytes.get(tensor.qtype, 0) + tensor.size_bytes
     ordered = sorted(nbytes.items(), key=lambda item: -item[1])
     return ", ".join(f"{qtype} {100 * n / plan.size_bytes:.0f}%" for qtype, n in ordered)
-
-
-def _parameters(parameters: Any) -> dict[str, int]:
-    return {"total": parameters.total, "active": parameters.active,
-            "dense": parameters.dense, "expert": parameters.expert}  # fmt: skip
-
-
-def _grid(title: str) -> Table:
-    heading = Text(title, style="bold")
-    table = Table(box=None, show_header=False, title=heading, title_justify="left")
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    return table

@@ -1,0 +1,177 @@
+"""`moequant export`, `calibrate`, `plan` and `presets`.
+
+Owns: their options and which tables they print. Leaves out: all work.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moequant.commands.shared import (
+    calibration_options,
+    chosen_calibration,
+    force_option,
+    json_option,
+    open_checkpoint,
+    out,
+    output_option,
+    print_json,
+    progress_bars,
+    quant_option,
+)
+
+CALIBRATION_ONLY = (
+    "texts", "calibration_tokens", "sequence_length", "expert_floor", "seed", "compute_dtype",
+)  # fmt: skip
+
+
+@click.command()
+@click.argument("checkpoint")
+@output_option
+@quant_option
+@click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="PLAN.JSON",
+              help="Use this plan's types instead of a preset's.")  # fmt: skip
+@click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path), metavar="FILE",
+              help="Take importance from this imatrix (ours or llama-imatrix's).")  # fmt: skip
+@click.option("--no-calibration", is_flag=True, help="Quantize without importance.")
+@calibration_options
+@click.option("--save-imatrix", type=click.Path(path_type=Path), metavar="FILE",
+              help="Keep the imatrix, for further exports.")  # fmt: skip
+@click.option("--save-plan", type=click.Path(path_type=Path), metavar="FILE",
+              help="Keep the plan.")  # fmt: skip
+@click.option("--perplexity", "text", type=click.Path(path_type=Path), metavar="TEXT",
+              help="Then measure perplexity on TEXT, before and after.")  # fmt: skip
+@force_option
+@json_option
+@click.pass_context
+def export(
+    ctx: click.Context,
+    /,
+    checkpoint: str,
+    output: Path,
+    text: Path | None,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
+    """Calibrate, quantize and write a GGUF file in one go."""
+    from moequant import pipeline
+    from moequant.architectures import describe
+    from moequant.evaluate.perplexity import text_windows
+    from moequant.tables import export as tables
+
+    _refuse_idle_options(ctx)
+    options = _export_options(arguments)
+    opened = open_checkpoint(checkpoint)
+    windows = None if text is None else text_windows(opened.path, text, spec=describe(opened))
+    with progress_bars(quiet=as_json) as progress:
+        result = pipeline.export(opened, output, options, progress)
+        fidelity = None
+        if windows is not None:
+            fidelity = pipeline.measure_perplexity(result, windows, options.device, progress)
+    if as_json:
+        print_json(tables.export_json(result, fidelity))
+        return
+    for table in tables.export_tables(result, fidelity):
+        out.print(table)
+
+
+def _refuse_idle_options(ctx: click.Context) -> None:
+    """UsageError for options that were given and would have no effect."""
+    from moequant.errors import UsageError
+
+    def given(name: str) -> bool:
+        return ctx.get_parameter_source(name) == click.core.ParameterSource.COMMANDLINE
+
+    if given("plan_file") and given("preset"):
+        raise UsageError("--quant has no use beside --plan, which has a type for every tensor.")
+    without = [name for name in ("imatrix_file", "no_calibration") if given(name)]
+    options = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+    idle = [options[name] for name in CALIBRATION_ONLY if given(name)]
+    if without and idle:
+        raise UsageError(f"{', '.join(idle)}: no use beside {options[without[0]]}.")
+
+
+def _export_options(arguments: dict[str, Any]) -> Any:
+    from moequant.errors import UsageError
+    from moequant.pipeline import ExportOptions
+
+    calibration = chosen_calibration(arguments)
+    no_calibration = arguments.pop("no_calibration")
+    if no_calibration and arguments["imatrix_file"] is not None:
+        raise UsageError("--no-calibration and --imatrix exclude each other.")
+    return ExportOptions(calibration=None if no_calibration else calibration, **arguments)
+
+
+@click.command()
+@click.argument("checkpoint")
+@output_option
+@calibration_options
+@force_option
+@json_option
+def calibrate(checkpoint: str, output: Path, force: bool, as_json: bool, **arguments: Any) -> None:
+    """Measure importance per column and expert; write it as an imatrix that llama.cpp reads too."""
+    from moequant.architectures import describe
+    from moequant.calibrate import calibrate as measure
+    from moequant.files import check_distinct, check_target
+    from moequant.pipeline import check_device
+    from moequant.tables import export as tables
+
+    options = chosen_calibration(arguments)
+    check_device(options.device)
+    opened = open_checkpoint(checkpoint)
+    check_distinct([output], [opened.path, *options.texts])
+    check_target(output, force=force)
+    model = describe(opened)
+    with progress_bars(quiet=as_json) as progress:
+        imatrix = measure(opened, model, options, progress)
+    imatrix.write(output)
+    if as_json:
+        print_json(tables.imatrix_json(output, imatrix))
+        return
+    for table in tables.imatrix_tables(output, imatrix):
+        out.print(table)
+
+
+@click.command()
+@click.argument("checkpoint")
+@output_option
+@quant_option
+@click.option("--no-imatrix", is_flag=True, help="Plan for an export without importance.")
+@force_option
+@json_option
+def plan(
+    checkpoint: str, output: Path, preset: str, no_imatrix: bool, force: bool, as_json: bool
+) -> None:
+    """Write the type of every tensor to a JSON file; edit it and give it to `export --plan`."""
+    from moequant.architectures import describe
+    from moequant.files import check_distinct, check_target
+    from moequant.pipeline import base_type
+    from moequant.plan import preset_plan
+    from moequant.tables import export as tables
+
+    opened = open_checkpoint(checkpoint)
+    check_distinct([output], [opened.path])
+    check_target(output, force=force)
+    model = describe(opened)
+    base = base_type(opened, model)
+    made = preset_plan(preset, model, has_imatrix=not no_imatrix, base=base)
+    made.write(output)
+    if as_json:
+        print_json(tables.plan_json(made))
+        return
+    for table in tables.plan_tables(made):
+        out.print(table)
+
+
+@click.command()
+@json_option
+def presets(as_json: bool) -> None:
+    """List the presets: name, default type, what it is."""
+    from moequant.plan import PRESETS
+    from moequant.tables import export as tables
+
+    if as_json:
+        print_json(tables.presets_json(PRESETS))
+        return
+    out.print(tables.presets_table(PRESETS))
