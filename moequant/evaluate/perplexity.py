@@ -12,6 +12,7 @@ of that mean.
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from moequant.architectures import ModelSpec
-from moequant.calibrate.forward import Progress, StreamedModel
+from moequant.calibrate.forward import Batch, Progress, StreamedModel
 from moequant.calibrate.text import read_corpus
 from moequant.calibrate.weights import WeightSource
 from moequant.calibrate.windows import (
@@ -95,13 +96,30 @@ def perplexity(
     `score_all`: all positions of a window, not its second half only. `dtype`: compute dtype, None
     = the one of the weights. Raises UsageError for windows too short to score anything.
     """
+    first_scored(windows, score_all=score_all)
+    model = StreamedModel(source, spec, device=device, dtype=dtype)
+    batches = model.embed(windows, batch_tokens)
+    model.run_layers(batches, progress)
+    return score(model, batches, windows, score_all=score_all)
+
+
+def first_scored(windows: Tensor, *, score_all: bool = False) -> int:
+    """The first position of each of `windows` (n, length) that is scored, up to length - 2.
+
+    Raises UsageError for windows too short to score anything.
+    """
     length = windows.shape[1]
     first = 0 if score_all else length // 2
     if length - 1 <= first:
         raise UsageError(f"windows of {length} tokens leave nothing to score; use 3 or more")
-    model = StreamedModel(source, spec, device=device, dtype=dtype)
-    batches = model.embed(windows, batch_tokens)
-    model.run_layers(batches, progress)
+    return first
+
+
+def score(
+    model: StreamedModel, batches: Iterable[Batch], windows: Tensor, *, score_all: bool = False
+) -> Perplexity:
+    """Score `windows` (n, length) from `batches` that have been through all layers of `model`."""
+    first = first_scored(windows, score_all=score_all)
     scored = (batch.hidden[:, first:-1].flatten(0, 1) for batch in batches)
     normed = torch.cat([model.final_norm(hidden).cpu() for hidden in scored])
     return Perplexity(_losses(model, normed, windows[:, first + 1 :].flatten()))
