@@ -1,16 +1,22 @@
 """Reads the header of a GGUF file: metadata and where each tensor lies, every length checked.
 
-Owns: the container format. Leaves out: what keys mean, and turning bytes into values. `gguf`'s own
-reader trusts the counts in a file, so that a damaged one makes it loop or allocate without end;
-this one checks each count against the bytes that are left, and says what is wrong.
+Owns: the container format, and models that are split into several files. Leaves out: what keys
+mean, and turning bytes into values. `gguf`'s own reader trusts the counts in a file, so that a
+damaged one makes it loop or allocate without end; this one checks each count against the bytes that
+are left, and says what is wrong.
 
-Source: docs/gguf.md of ggml (format version 3; version 2 has the same layout).
+A split model is files named `NAME-00001-of-00003.gguf`, each with `split.no` (from 0),
+`split.count` and `split.tensors.count` (of all files); the first holds all other metadata.
+
+Source: docs/gguf.md of ggml (format version 3; version 2 has the same layout); for splits
+`src/llama-model-loader.cpp` of llama.cpp.
 """
 
 import itertools
+import re
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,13 +25,15 @@ import numpy as np
 import numpy.typing as npt
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
-from moequant.errors import GGUFError
+from moequant.errors import GGUFError, listing
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
 MAX_DIMENSIONS = 4
 MAX_NAME = 1 << 16  # bytes; real names are under 100
+SPLIT_NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+SPLIT_NO, SPLIT_COUNT, SPLIT_TENSORS = "split.no", "split.count", "split.tensors.count"
 HEADER_LIMIT = 1 << 30  # bytes of header that are read; a 262144-token vocabulary takes 16 MB
 
 _SCALARS = {
@@ -38,32 +46,45 @@ _SCALARS = {
 
 @dataclass(frozen=True)
 class GGUFTensor:
-    """One tensor: `shape` in torch order (rows before columns), bytes at `start` of the file."""
+    """One tensor: `shape` in torch order (rows before columns), bytes at `start` of file `path`."""
 
     name: str
     qtype: str
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    path: Path
 
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """A GGUF file's header. `metadata` values are Python scalars, strings and lists."""
+    """A GGUF file's header. `metadata` values are Python scalars, strings and lists.
+
+    `shards` are the files of a split model, `path` the first of them; empty for a single file.
+    """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    shards: tuple[Path, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file, or of all files of a split model, headers included."""
+        return sum(path.stat().st_size for path in self.shards or (self.path,))
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> npt.NDArray[np.uint8]:
         """Bytes `start:stop` of a tensor's data, shape (stop - start,)."""
         tensor = self.tensors[name]
         length = (tensor.nbytes if stop is None else stop) - start
-        with self.path.open("rb") as file:
-            file.seek(tensor.start + start)
-            data = np.fromfile(file, np.uint8, length)
+        try:
+            with tensor.path.open("rb") as file:
+                file.seek(tensor.start + start)
+                data = np.fromfile(file, np.uint8, length)
+        except OSError as error:
+            raise GGUFError(f"{tensor.path}: {error.strerror or error}.") from error
         if len(data) != length:
-            raise GGUFError(f"{self.path}: {name} ends {length - len(data)} bytes early.")
+            raise GGUFError(f"{tensor.path}: {name} ends {length - len(data)} bytes early.")
         return data
 
     def chunks(self, name: str, size: int = 1 << 24) -> Iterator[npt.NDArray[np.uint8]]:
@@ -84,8 +105,78 @@ def is_gguf(path: Path) -> bool:
         raise GGUFError(f"{path}: {error.strerror or error}.") from error
 
 
+def read_model(path: Path) -> GGUFFile:
+    """The header of a model: of the file `path` or, where it is split, of it and all its shards.
+
+    Raises:
+        GGUFError: as `read_gguf`; a shard that is not the first, is missing or is of another
+            model; a tensor in two shards; more or fewer tensors than the first shard announces.
+    """
+    first = read_gguf(path)
+    count = _split_number(first, SPLIT_COUNT, default=1)
+    if count <= 1:
+        return first
+    shards = [first, *_further_shards(first, count)]
+    tensors: dict[str, GGUFTensor] = {}
+    for shard in shards:
+        twice = [f"{n}: also in {tensors[n].path.name}" for n in shard.tensors if n in tensors]
+        if twice:
+            raise GGUFError(f"{shard.path} has tensors of another shard:{listing(twice)}")
+        tensors |= shard.tensors
+    announced = _split_number(first, SPLIT_TENSORS)
+    if len(tensors) != announced:
+        raise GGUFError(
+            f"{path}: {SPLIT_TENSORS} is {announced}, but its {count} shards hold {len(tensors)} "
+            "tensors; they belong to different models."
+        )
+    return replace(first, tensors=tensors, shards=tuple(shard.path for shard in shards))
+
+
+def _further_shards(first: GGUFFile, count: int) -> Iterator[GGUFFile]:
+    """All shards but the first, each checked against it."""
+    number = _split_number(first, SPLIT_NO)
+    named = SPLIT_NAME.fullmatch(first.path.name)
+    if named is None or int(named[3]) != count or int(named[2]) != number + 1:
+        raise GGUFError(
+            f"{first.path} is shard {number + 1} of {count} of a split model, so its name must "
+            f"end in -{number + 1:05d}-of-{count:05d}.gguf."
+        )
+    paths = [first.path.with_name(f"{named[1]}-{n + 1:05d}-of-{count:05d}.gguf")
+             for n in range(count)]  # fmt: skip
+    if number != 0:
+        raise GGUFError(
+            f"{first.path} is shard {number + 1} of {count}; give the first: {paths[0]}"
+        )
+    missing = [str(path) for path in paths if not path.is_file()]
+    if missing:
+        raise GGUFError(
+            f"{first.path}: {len(missing)} of {count} shards missing:{listing(missing)}"
+        )
+    for number, path in enumerate(paths[1:], 1):
+        shard = read_gguf(path)
+        for key, expected in (
+            (SPLIT_COUNT, count),
+            (SPLIT_NO, number),
+            (SPLIT_TENSORS, _split_number(first, SPLIT_TENSORS)),
+        ):
+            found = _split_number(shard, key)
+            if found != expected:
+                raise GGUFError(
+                    f"{path} is no shard of {first.path.name}: "
+                    f"its {key} is {found}, not {expected}."
+                )
+        yield shard
+
+
+def _split_number(file: GGUFFile, key: str, default: int | None = None) -> int:
+    value = file.metadata.get(key, default)
+    if type(value) is not int or value < 0:
+        raise GGUFError(f"{file.path}: {key} is {value!r:.80}, not a count.")
+    return value
+
+
 def read_gguf(path: Path) -> GGUFFile:
-    """The header of `path`, checked as a whole.
+    """The header of the one file `path`, checked as a whole.
 
     Raises:
         GGUFError: not a GGUF file, a version or byte order that is not served, a count or a
@@ -213,7 +304,7 @@ class _Reader:
                 f"{self.path} is damaged or cut short: {name} {shape} {qtype.name} should lie at "
                 f"bytes {start + offset} to {start + offset + nbytes}, the file has {self.size}."
             )
-        return GGUFTensor(name, qtype.name, shape, start + offset, nbytes)
+        return GGUFTensor(name, qtype.name, shape, start + offset, nbytes, self.path)
 
     def check_disjoint(self, tensors: dict[str, GGUFTensor]) -> None:
         ordered = sorted(tensors.values(), key=lambda tensor: (tensor.start, tensor.nbytes))

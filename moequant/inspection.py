@@ -16,7 +16,7 @@ from moequant.calibrate import Imatrix
 from moequant.checkpoint import open_checkpoint
 from moequant.checkpoint.hub import looks_like_path
 from moequant.errors import GGUFError, UsageError
-from moequant.gguf_file import GGUFFile, is_gguf, read_gguf
+from moequant.gguf_file import GGUFFile, is_gguf, read_model
 from moequant.parameters import Parameters, count_parameters, is_expert
 from moequant.plan import role_of
 
@@ -90,7 +90,7 @@ def inspect(source: str) -> Inspection:
                 f"{path} is neither a GGUF file nor a checkpoint folder. For a checkpoint, name "
                 "the folder that holds config.json."
             )
-        file = read_gguf(path)
+        file = read_model(path)
         if file.metadata.get("general.type") == "imatrix":
             return _imatrix(path, file)
         return _model_file(path, file)
