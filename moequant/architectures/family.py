@@ -1,8 +1,8 @@
 """The row of a model family, and what its rows are written in.
 
 Owns: `Family` (one frozen row per family), `Row` (one per kind of tensor), `Scope` (the sizes and
-features that the rows of one layer refer to), `Tokenizer`. Leaves out: the families themselves
-(`gemma4`, `qwen3`), and what reads them (`describe`, `gguf_export`).
+features that the rows of one layer refer to), `Tokenizer`, `WithoutExperts`. Leaves out: the
+families themselves (`gemma4`, `qwen3`), and what reads them (`describe`, `gguf_export`).
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -78,13 +78,28 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
+class WithoutExperts:
+    """How the experts of a family's layers, which stand beside an MLP, are left out.
+
+    Rows under `feature` go, and the configuration gets `config`'s values. `folds` are pairs of
+    layer sources (matrix, norm): a norm that goes with the experts, and whose weights have to be
+    multiplied into the rows of a matrix that stays.
+    """
+
+    feature: str
+    config: Config
+    folds: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that moequant knows of a model family.
 
     `model_types` are config.json's. `first`, `layer` and `last` are the rows in file order.
     `left_out` are beginnings of names (without "model.") that are knowingly not exported.
     `refuse` lists what in a configuration llama.cpp could not run as it is meant. `layout` gets
-    the configuration and the checkpoint's names without prefix.
+    the configuration and the checkpoint's names without prefix. `without_experts` is None where
+    experts are the layers' only MLP, or where there are none.
     """
 
     architecture: str
@@ -98,3 +113,4 @@ class Family:
     layout: Callable[[Config, Collection[str]], Layout]
     left_out: tuple[str, ...] = ()
     explain: Mapping[str, str] = field(default_factory=dict)
+    without_experts: WithoutExperts | None = None

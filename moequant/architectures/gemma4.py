@@ -15,12 +15,23 @@ What differs from a plain transformer, by number:
 6. A layer has experts, beside its MLP, if and only if its `router.proj.weight` is there. All its
    other expert tensors are then required. llama.cpp decides by the same tensor.
 7. Norm weights are stored as they are (unlike Gemma 3's, which need one added).
+8. Beside experts, the MLP's output goes through `post_feedforward_layernorm_1` before the two are
+   added and normed again. A norm takes out the scale of a whole vector, so that without experts of
+   the first norm only its weights are left, and those can stand in the rows of `down_proj`.
 """
 
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from moequant.architectures.family import Config, Family, Layout, Row, Scope, Tokenizer
+from moequant.architectures.family import (
+    Config,
+    Family,
+    Layout,
+    Row,
+    Scope,
+    Tokenizer,
+    WithoutExperts,
+)
 from moequant.architectures.keys import BOOL, COMMON, FLOAT32, UINT32, Key, field, rope
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -69,6 +80,16 @@ EXPLAIN = {
     "own_v": "with attention_k_eq_v a full-attention layer has no v_proj",
     "ple": "hidden_size_per_layer_input is 0",
 }
+WITHOUT_EXPERTS = WithoutExperts(
+    feature="moe",
+    config={
+        "enable_moe_block": False,
+        "num_experts": None,
+        "top_k_experts": None,
+        "moe_intermediate_size": None,
+    },
+    folds=(("mlp.down_proj.weight", "post_feedforward_layernorm_1.weight"),),
+)
 
 
 def _overrides(config: Config) -> Mapping[str, Any]:
@@ -277,4 +298,5 @@ GEMMA4 = Family(
     layout=_layout,
     left_out=("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio."),
     explain=EXPLAIN,
+    without_experts=WITHOUT_EXPERTS,
 )
