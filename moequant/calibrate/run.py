@@ -73,7 +73,7 @@ def observe_model(
             )
             for batch in batches:
                 model.run_layer(layer, bid, batch)
-            _check_finite(bid, batches)
+            check_output(bid, batches)
             observer.feed_starved()
             observer.close()
             entries |= observer.entries()
@@ -95,7 +95,8 @@ def _output_entry(model: StreamedModel, batches: list[Batch]) -> dict[str, Matri
     return {name: entry}
 
 
-def _check_finite(bid: int, batches: list[Batch]) -> None:
+def check_output(bid: int, batches: list[Batch]) -> None:
+    """Raise CalibrationError for hidden states after layer `bid` that are not finite."""
     bad = sum(int((~batch.hidden.isfinite()).any(-1).sum()) for batch in batches)
     if bad:
         tokens = sum(batch.hidden[..., 0].numel() for batch in batches)
@@ -116,6 +117,7 @@ def _metadata(
         "moequant.version": moequant.__version__,
         "moequant.checkpoint.name": checkpoint.name,
         "moequant.checkpoint.digest": checkpoint.digest(),
+        **({"moequant.checkpoint.part": checkpoint.part} if checkpoint.part else {}),
         "moequant.calibration.corpus_sha256": corpus.digest(),
         "moequant.calibration.tokens": windows.numel(),
         "moequant.calibration.sequence_length": options.sequence_length,

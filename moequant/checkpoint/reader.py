@@ -40,7 +40,8 @@ class Checkpoint:
 
     `name` is the folder's name or the Hugging Face id, `revision` the commit of the latter.
     `config` is config.json as it stands. `tensors` is in natural order of the names. `notes` tells
-    what was passed over in opening it.
+    what was passed over in opening it. `part` says which part of a model it is, in words; empty for
+    a whole one.
     """
 
     path: Path
@@ -49,6 +50,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     revision: str | None = None
     notes: tuple[str, ...] = ()
+    part: str = ""
     _digest: str = field(default="", repr=False)
     _stamps: Mapping[Path, Stamp] = field(default_factory=dict, repr=False)
 

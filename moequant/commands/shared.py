@@ -35,6 +35,12 @@ quant_option = click.option(
 )  # fmt: skip
 
 
+without_experts_option = click.option(
+    "--without-experts", is_flag=True,
+    help="Take the dense part of an additive MoE alone, without its experts and routers.",
+)  # fmt: skip
+
+
 def calibration_options(command: F) -> F:
     """The options that say how importance is measured."""
     default = CalibrationOptions()
@@ -78,11 +84,14 @@ def chosen_calibration(arguments: dict[str, Any]) -> CalibrationOptions:
     )
 
 
-def open_checkpoint(checkpoint: str) -> "Checkpoint":
-    """The checkpoint, opened; what was passed over in opening it goes to stderr."""
+def open_checkpoint(checkpoint: str, *, dense_part: bool = False) -> "Checkpoint":
+    """The checkpoint, or its dense part; what was passed over in opening it goes to stderr."""
     from moequant.checkpoint import open_checkpoint as read_checkpoint
+    from moequant.without_experts import without_experts
 
     opened = read_checkpoint(checkpoint)
+    if dense_part:
+        opened = without_experts(opened)
     for note in opened.notes:
         err.print(note, style="yellow", soft_wrap=True)
     return opened

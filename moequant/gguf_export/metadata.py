@@ -137,6 +137,9 @@ def _model_card(spec: ModelSpec, checkpoint: Checkpoint) -> Any:
         gguf.Metadata(), card, dict(checkpoint.config), Path(checkpoint.name), total
     )
     metadata.name = metadata.name or Path(checkpoint.name).name
+    if checkpoint.part:
+        metadata.name = f"{metadata.name} ({checkpoint.part})"
+        metadata.size_label = None  # the whole model's, where its name or its card has one
     metadata.size_label = metadata.size_label or gguf.size_label(
         total, shared, expert, spec.expert_count
     )

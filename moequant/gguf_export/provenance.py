@@ -38,6 +38,7 @@ def provenance(
         _text("moequant.version", moequant.__version__),
         _text("moequant.source.name", checkpoint.name),
         _text("moequant.source.digest", checkpoint.digest()),
+        *([_text("moequant.source.part", checkpoint.part)] if checkpoint.part else []),
         _text("moequant.plan.preset", plan.preset),
         _text("moequant.plan.digest", plan.digest()),
         MetadataEntry("moequant.parameters.total", parameters.total, UINT64),
