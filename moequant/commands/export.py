@@ -19,6 +19,7 @@ from moequant.commands.shared import (
     print_json,
     progress_bars,
     quant_option,
+    without_experts_option,
 )
 
 CALIBRATION_ONLY = (
@@ -30,6 +31,7 @@ CALIBRATION_ONLY = (
 @click.argument("checkpoint")
 @output_option
 @quant_option
+@without_experts_option
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="PLAN.JSON",
               help="Use this plan's types instead of a preset's.")  # fmt: skip
 @click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path), metavar="FILE",
@@ -51,6 +53,7 @@ def export(
     checkpoint: str,
     output: Path,
     text: Path | None,
+    without_experts: bool,
     as_json: bool,
     **arguments: Any,
 ) -> None:
@@ -62,7 +65,7 @@ def export(
 
     _refuse_idle_options(ctx)
     options = _export_options(arguments)
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, dense_part=without_experts)
     windows = None if text is None else text_windows(opened.path, text, spec=describe(opened))
     with progress_bars(quiet=as_json) as progress:
         result = pipeline.export(opened, output, options, progress)
@@ -106,10 +109,18 @@ def _export_options(arguments: dict[str, Any]) -> Any:
 @click.command()
 @click.argument("checkpoint")
 @output_option
+@without_experts_option
 @calibration_options
 @force_option
 @json_option
-def calibrate(checkpoint: str, output: Path, force: bool, as_json: bool, **arguments: Any) -> None:
+def calibrate(
+    checkpoint: str,
+    output: Path,
+    without_experts: bool,
+    force: bool,
+    as_json: bool,
+    **arguments: Any,
+) -> None:
     """Measure importance per column and expert; write it as an imatrix that llama.cpp reads too."""
     from moequant.architectures import describe
     from moequant.calibrate import calibrate as measure
@@ -119,7 +130,7 @@ def calibrate(checkpoint: str, output: Path, force: bool, as_json: bool, **argum
 
     options = chosen_calibration(arguments)
     check_device(options.device)
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, dense_part=without_experts)
     check_distinct([output], [opened.path, *options.texts])
     check_target(output, force=force)
     model = describe(opened)
@@ -137,11 +148,18 @@ def calibrate(checkpoint: str, output: Path, force: bool, as_json: bool, **argum
 @click.argument("checkpoint")
 @output_option
 @quant_option
+@without_experts_option
 @click.option("--no-imatrix", is_flag=True, help="Plan for an export without importance.")
 @force_option
 @json_option
 def plan(
-    checkpoint: str, output: Path, preset: str, no_imatrix: bool, force: bool, as_json: bool
+    checkpoint: str,
+    output: Path,
+    preset: str,
+    without_experts: bool,
+    no_imatrix: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write the type of every tensor to a JSON file; edit it and give it to `export --plan`."""
     from moequant.architectures import describe
@@ -150,7 +168,7 @@ def plan(
     from moequant.plan import preset_plan
     from moequant.tables import export as tables
 
-    opened = open_checkpoint(checkpoint)
+    opened = open_checkpoint(checkpoint, dense_part=without_experts)
     check_distinct([output], [opened.path])
     check_target(output, force=force)
     model = describe(opened)
