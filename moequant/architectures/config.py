@@ -17,8 +17,8 @@ MAX_LAYERS, MAX_EXPERTS = 512, 1024  # LLAMA_MAX_LAYERS, LLAMA_MAX_EXPERTS
 COUNTS = ("num_local_experts", "num_experts")
 
 
-def text_config(raw: Config, family: Family) -> dict[str, Any]:
-    """config.json's text model with every default filled in.
+def text_config(raw: Config, family: Family, origin: str = "config.json") -> dict[str, Any]:
+    """config.json's text model with every default filled in; errors name `origin`.
 
     Raises:
         CheckpointError: values of the wrong type or size.
@@ -27,15 +27,15 @@ def text_config(raw: Config, family: Family) -> dict[str, Any]:
     own = raw.get("text_config", raw)
     if not isinstance(own, dict):
         raise CheckpointError(f"config.json: text_config is a {type(own).__name__}, not an object.")
-    _check_counts(own)
+    _check_counts(own, origin)
     _refuse_quantized(raw.get("quantization_config") or own.get("quantization_config"))
-    full = _with_defaults(raw)
+    full = _with_defaults(raw, origin)
     config = {**full, **full.get("text_config", {})}
-    with readable():
+    with readable(origin):
         unsupported = family.refuse(config)
     if unsupported:
         raise ArchitectureError(
-            f"config.json: a variant of {family.architecture} that llama.cpp does not run: "
+            f"{origin}: a variant of {family.architecture} that llama.cpp does not run: "
             + "; ".join(unsupported)
             + "."
         )
@@ -43,16 +43,16 @@ def text_config(raw: Config, family: Family) -> dict[str, Any]:
 
 
 @contextmanager
-def readable() -> Iterator[None]:
+def readable(origin: str = "config.json") -> Iterator[None]:
     """Turns the stumble over a configuration that makes no sense into a CheckpointError."""
     try:
         yield
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"config.json: makes no sense ({reason}).") from error
+        raise CheckpointError(f"{origin}: makes no sense ({reason}).") from error
 
 
-def _check_counts(own: Config) -> None:
+def _check_counts(own: Config, origin: str) -> None:
     """Refuse counts that would make lists of absurd length before anything else sees them."""
     limits = {"num_hidden_layers": MAX_LAYERS, **dict.fromkeys(COUNTS, MAX_EXPERTS)}
     for name, limit in limits.items():
@@ -60,10 +60,10 @@ def _check_counts(own: Config) -> None:
         if value is None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise CheckpointError(f"config.json: {name} is {value!r}, not a count.")
+            raise CheckpointError(f"{origin}: {name} is {value!r}, not a count.")
         if value > limit:
             raise ArchitectureError(
-                f"config.json: {name} is {value}; llama.cpp holds at most {limit}."
+                f"{origin}: {name} is {value}; llama.cpp holds at most {limit}."
             )
 
 
@@ -76,7 +76,7 @@ def _refuse_quantized(quantization: Any) -> None:
         )
 
 
-def _with_defaults(raw: Config) -> dict[str, Any]:
+def _with_defaults(raw: Config, origin: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
 
     try:
@@ -84,5 +84,5 @@ def _with_defaults(raw: Config) -> dict[str, Any]:
         values: dict[str, Any] = config.to_dict()
     except Exception as error:  # its validators raise whatever they meet
         reason = " ".join(str(error).split())
-        raise CheckpointError(f"config.json: transformers refuses it: {reason}") from error
+        raise CheckpointError(f"{origin}: transformers refuses it: {reason}") from error
     return values

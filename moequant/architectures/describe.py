@@ -1,19 +1,19 @@
 """`describe`: from an opened checkpoint to a `ModelSpec`, with every check on names and shapes.
 
-Owns: expanding a family's rows to tensors, and accounting for every name both ways: nothing in the
-checkpoint silently dropped, nothing in the GGUF unexplained. Leaves out: values; no weight is read.
+Owns: accounting for every name both ways: nothing in the checkpoint silently dropped, nothing in
+the GGUF unexplained. Leaves out: expanding the rows (`expand`), and values; no weight is read.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from moequant.architectures.config import readable, text_config
-from moequant.architectures.family import Family, Layout, Row, Scope
-from moequant.architectures.ops import Constant, Op, Shape
+from moequant.architectures.expand import Accounts, expand, model_spec
+from moequant.architectures.family import Family, Layout
+from moequant.architectures.ops import Shape
 from moequant.architectures.spec import ModelSpec, TensorSpec
 from moequant.architectures.table import family_of
 from moequant.errors import CheckpointError, listing
@@ -43,19 +43,10 @@ def describe(checkpoint: Checkpoint) -> ModelSpec:
     prefix, head = _prefix(checkpoint.tensors)
     with readable():
         layout = family.layout(config, _own_names(checkpoint.tensors, prefix, head))
-    accounts = _Accounts()
-    tensors = tuple(_tensors(family, layout, prefix, head, accounts))
+    accounts = Accounts()
+    tensors = tuple(expand(family, layout, prefix, head, accounts))
     left_out = _check(checkpoint, family, layout, accounts, tensors)
-    return _spec(family, layout, config, tensors, left_out, prefix)
-
-
-@dataclass
-class _Accounts:
-    """Who answers for which checkpoint name."""
-
-    expected: dict[str, Shape] = field(default_factory=dict)
-    unused: set[str] = field(default_factory=set)  # knowingly left out
-    wrong: dict[str, str] = field(default_factory=dict)  # name -> why it should not be there
+    return model_spec(family, layout, config, tensors, left_out, prefix)
 
 
 def _prefix(names: Iterable[str]) -> tuple[str, str]:
@@ -79,53 +70,11 @@ def _own_names(names: Iterable[str], prefix: str, head: str) -> frozenset[str]:
     return frozenset(own)
 
 
-def _tensors(
-    family: Family, layout: Layout, prefix: str, head: str, accounts: _Accounts
-) -> Iterator[TensorSpec]:
-    """Every tensor of the file in file order; fills in `accounts` on the way."""
-    for row in family.first:
-        yield from _expand(family, row, layout.outside, None, prefix, accounts)
-    for bid, scope in enumerate(layout.layers):
-        for row in family.layer:
-            yield from _expand(family, row, scope, bid, f"{prefix}layers.{bid}.", accounts)
-    for row in family.last:
-        before = head if row.at_head else prefix
-        yield from _expand(family, row, layout.outside, None, before, accounts)
-
-
-def _expand(
-    family: Family, row: Row, scope: Scope, bid: int | None, before: str, accounts: _Accounts
-) -> Iterator[TensorSpec]:
-    """The tensor of `row` in `scope`, or none where the row does not hold there."""
-    op: Op = row.op if row.source else Constant(scope.constants[row.gguf])
-    sources = op.sources(before + row.source, scope.sizes)
-    if row.when and row.when not in scope.features:
-        if row.when in scope.unused:
-            accounts.unused.update(sources)
-        else:
-            reason = family.explain.get(row.when, f"not in a model without {row.when}")
-            accounts.wrong.update(dict.fromkeys(sources, reason))
-        return
-    shape = tuple(scope.sizes[size] for size in row.shape)
-    accounts.expected.update(dict.fromkeys(sources, op.source_shape(shape)))
-    stacked = len(shape) == 3
-    yield TensorSpec(
-        name=row.gguf if bid is None else f"blk.{bid}.{row.gguf}",
-        shape=shape,
-        sources=sources,
-        bid=bid,
-        role=row.gguf.removesuffix(".weight"),
-        n_matrices=shape[0] if stacked else 1,
-        is_expert=stacked,
-        op=op,
-    )
-
-
 def _check(
     checkpoint: Checkpoint,
     family: Family,
     layout: Layout,
-    accounts: _Accounts,
+    accounts: Accounts,
     tensors: tuple[TensorSpec, ...],
 ) -> tuple[str, ...]:
     """The names left out; raises CheckpointError with every offender."""
@@ -179,31 +128,3 @@ def _experts_of(family: Family, layout: Layout, tensors: tuple[TensorSpec, ...])
 
 def _is_left_out(name: str, family: Family) -> bool:
     return name.removeprefix("model.").startswith(family.left_out) or bool(BUFFERS.search(name))
-
-
-def _spec(
-    family: Family,
-    layout: Layout,
-    config: dict[str, Any],
-    tensors: tuple[TensorSpec, ...],
-    left_out: tuple[str, ...],
-    prefix: str,
-) -> ModelSpec:
-    moe_layers = sorted({t.bid for t in tensors if t.is_expert and t.bid is not None})
-    return ModelSpec(
-        architecture=family.architecture,
-        config=config,
-        tensors=tensors,
-        left_out=left_out,
-        block_count=len(layout.layers),
-        expert_count=layout.expert_count,
-        expert_used_count=layout.expert_used_count,
-        hidden_size=config["hidden_size"],
-        vocab_size=config["vocab_size"],
-        head_count=config["num_attention_heads"],
-        head_count_kv=layout.head_count_kv,
-        context_length=config["max_position_embeddings"],
-        tied_embeddings=all(tensor.name != "output.weight" for tensor in tensors),
-        prefix=prefix,
-        moe_layers=tuple(moe_layers),
-    )

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from moequant.architectures.file_keys import FileKeys
 from moequant.architectures.keys import Key
 from moequant.architectures.ops import COPY, Op
 
@@ -111,6 +112,7 @@ class Family:
     tokenizer: Tokenizer
     refuse: Callable[[Config], list[str]]
     layout: Callable[[Config, Collection[str]], Layout]
+    config_of: Callable[[FileKeys], dict[str, Any]]
     left_out: tuple[str, ...] = ()
     explain: Mapping[str, str] = field(default_factory=dict)
     without_experts: WithoutExperts | None = None

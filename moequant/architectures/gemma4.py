@@ -20,6 +20,7 @@ What differs from a plain transformer, by number:
    the first norm only its weights are left, and those can stand in the rows of `down_proj`.
 """
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -32,7 +33,9 @@ from moequant.architectures.family import (
     Tokenizer,
     WithoutExperts,
 )
+from moequant.architectures.file_keys import FileKeys, common_fields, expert_width
 from moequant.architectures.keys import BOOL, COMMON, FLOAT32, UINT32, Key, field, rope
+from moequant.errors import GGUFError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 
@@ -161,6 +164,92 @@ KEYS = (
     Key("rope.dimension_count", UINT32, _full_head_dim),
     Key("rope.dimension_count_swa", UINT32, field("head_dim")),
 )
+
+
+def _config_of(keys: FileKeys) -> dict[str, Any]:
+    """The text configuration: the inverse of `KEYS`, and what only the tensors tell."""
+    fields = common_fields(keys)
+    layers = fields["num_hidden_layers"]
+    sliding = keys.flags("attention.sliding_window_pattern", layers)
+    shared = keys.count("attention.shared_kv_layers", 0)
+    own_keys = [bid for bid in range(layers - shared) if not sliding[bid]]
+    ple_table = keys.shapes.get("per_layer_token_embd.weight", (fields["vocab_size"],))
+    return {
+        **fields,
+        **_widths_of(keys, sliding, shared),
+        **_experts_of(keys),
+        "model_type": "gemma4_text",
+        "layer_types": [SLIDING if flag else FULL for flag in sliding],
+        "sliding_window": keys.count("attention.sliding_window"),
+        "num_kv_shared_layers": shared,
+        "attention_k_eq_v": any(f"blk.{b}.attn_v.weight" not in keys.shapes for b in own_keys),
+        "hidden_size_per_layer_input": keys.count("embedding_length_per_layer_input"),
+        "vocab_size_per_layer_input": ple_table[0],
+        "final_logit_softcapping": keys.number("final_logit_softcapping", 0.0) or None,
+        "rope_parameters": {
+            FULL: {
+                "rope_type": "proportional",
+                "rope_theta": keys.number("rope.freq_base", 10000.0),
+                "partial_rotary_factor": _rotated_part(keys),
+            },
+            SLIDING: {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa")},
+        },
+    }
+
+
+def _widths_of(keys: FileKeys, sliding: list[bool], shared: int) -> dict[str, Any]:
+    """Sizes of heads and MLPs, of which some layers have their own (1, 4)."""
+    kv_heads = keys.counts("attention.head_count_kv", len(sliding))
+    widths = keys.counts("feed_forward_length", len(sliding))
+    ordinary = next((n for n, flag in zip(kv_heads, sliding, strict=True) if flag), kv_heads[0])
+    full = next((n for n, flag in zip(kv_heads, sliding, strict=True) if not flag), ordinary)
+    expected = [ordinary if flag else full for flag in sliding]
+    if kv_heads != expected:
+        raise GGUFError(f"{keys.origin}: attention.head_count_kv differs within a kind of layer.")
+    own: dict[str, Any] = {"head_dim": keys.count("attention.key_length")}
+    if full != ordinary:
+        own["num_key_value_heads"] = full
+    double = [widths[0]] * (len(widths) - shared) + [2 * widths[0]] * shared
+    if widths not in (double, [widths[0]] * len(widths)):
+        raise GGUFError(
+            f"{keys.origin}: feed_forward_length is {widths}; one width is supported, twice that "
+            "in the layers that share keys and values."
+        )
+    return {
+        "num_key_value_heads": ordinary,
+        "head_dim": keys.count("attention.key_length_swa"),
+        "per_layer_config": {bid: dict(own) for bid, flag in enumerate(sliding) if not flag},
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": shared > 0 and widths == double,
+    }
+
+
+def _experts_of(keys: FileKeys) -> dict[str, Any]:
+    """The experts' fields; without a router in any layer the model is dense (6)."""
+    if not any(name.endswith(".ffn_gate_inp.weight") for name in keys.shapes):
+        return {"enable_moe_block": False}
+    return {
+        "enable_moe_block": True,
+        "num_experts": keys.count("expert_count"),
+        "top_k_experts": keys.count("expert_used_count"),
+        "moe_intermediate_size": expert_width(keys),
+    }
+
+
+def _rotated_part(keys: FileKeys) -> float:
+    """`partial_rotary_factor` from the ones of `rope_freqs` (5); 1 without that tensor."""
+    if "rope_freqs.weight" not in keys.shapes:
+        return 1.0
+    divisors = keys.values("rope_freqs.weight").ravel()
+    rotated = int((divisors == 1).sum())
+    if (divisors[:rotated] != 1).any() or (divisors[rotated:] < 1e29).any() or not rotated:
+        raise GGUFError(
+            f"{keys.origin}: rope_freqs.weight has other values than ones and then 1e30; only "
+            "Gemma 4's partial rotation is supported."
+        )
+    part = rotated / len(divisors)
+    head = 2 * len(divisors)
+    return part if int(head * part / 2) == rotated else math.nextafter(part, 2.0)
 
 
 def _refuse(config: Config) -> list[str]:
@@ -296,6 +385,7 @@ GEMMA4 = Family(
     ),
     refuse=_refuse,
     layout=_layout,
+    config_of=_config_of,
     left_out=("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio."),
     explain=EXPLAIN,
     without_experts=WITHOUT_EXPERTS,

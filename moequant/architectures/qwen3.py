@@ -15,6 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from moequant.architectures.family import Config, Family, Layout, Row, Scope, Tokenizer
+from moequant.architectures.file_keys import (
+    FileKeys,
+    common_fields,
+    expert_width,
+    rope_parameters,
+)
 from moequant.architectures.keys import COMMON, SCALED_ROPE, UINT32, Key, field, rope
 from moequant.architectures.ops import STACK
 
@@ -58,6 +64,32 @@ KEYS = (
     Key("attention.key_length", UINT32, field("head_dim")),
     Key("attention.value_length", UINT32, field("head_dim")),
 )
+
+
+def _config_of(keys: FileKeys) -> dict[str, Any]:
+    """The dense model's configuration: the inverse of `KEYS`."""
+    fields = common_fields(keys)
+    head = fields["hidden_size"] // max(fields["num_attention_heads"], 1)
+    return fields | {
+        "model_type": "qwen3",
+        "intermediate_size": keys.count("feed_forward_length"),
+        "num_key_value_heads": keys.count("attention.head_count_kv", fields["num_attention_heads"]),
+        "head_dim": keys.count("attention.key_length", head),
+        "rope_parameters": rope_parameters(keys),
+    }
+
+
+def _moe_config_of(keys: FileKeys) -> dict[str, Any]:
+    """The same with experts; what llama.cpp's graph has fixed is as it has it (3)."""
+    return _config_of(keys) | {
+        "model_type": "qwen3_moe",
+        "num_experts": keys.count("expert_count"),
+        "num_experts_per_tok": keys.count("expert_used_count"),
+        "moe_intermediate_size": expert_width(keys),
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    }
 
 
 def _refuse(config: Config) -> list[str]:
@@ -118,10 +150,12 @@ QWEN3 = Family(
     tokenizer=Tokenizer(kind="byte_level_bpe", model="gpt2", pre="qwen2", pattern=QWEN2_PATTERN),
     refuse=_refuse,
     layout=_layout,
+    config_of=_config_of,
 )
 QWEN3_MOE = replace(
     QWEN3,
     architecture="qwen3moe",
     model_types=("qwen3_moe",),
     layer=ATTENTION + EXPERTS,
+    config_of=_moe_config_of,
 )
