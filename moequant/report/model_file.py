@@ -1,0 +1,108 @@
+"""Maps of a GGUF file for a report: bits per weight by layer and tensor, and by layer and expert.
+
+Owns: these maps. Leaves out: sums over the file (`moequant.inspection`) and drawing.
+"""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from moequant.errors import GGUFError
+from moequant.gguf_file import GGUFFile, GGUFTensor
+from moequant.plan import role_of
+
+_LAYER = re.compile(r"blk\.([0-9]{1,6})\.")
+INTEGERS = ("I8", "I16", "I32", "I64")
+BANK_MAP = ".bank_map"
+_BANK = re.compile(r"\.bank([0-9]{1,3})(?=\.weight$)")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A number for each (row, column) pair; NaN where there is nothing.
+
+    `values`: float64 (rows, columns). `rows` and `columns` are their names.
+    """
+
+    rows: list[str]
+    columns: list[str]
+    values: npt.NDArray[np.float64]
+
+
+def layer_of(name: str) -> int | None:
+    """The layer in a tensor's name, None for a tensor outside the layers."""
+    found = _LAYER.match(name)
+    return None if found is None else int(found[1])
+
+
+def bits_by_tensor(file: GGUFFile) -> Grid | None:
+    """Bits per weight, rows: what a tensor is, columns: layers. Only tensors that hold matrices.
+
+    The banks of one expert tensor count as one. None for a file without layers.
+    """
+    sums: dict[tuple[str, int], list[int]] = defaultdict(lambda: [0, 0])
+    nbytes: dict[str, int] = defaultdict(int)
+    for tensor in file.tensors.values():
+        layer = layer_of(tensor.name)
+        if layer is not None and _is_matrix(tensor):
+            role = role_of(_BANK.sub("", tensor.name))
+            sums[role, layer][0] += 8 * tensor.nbytes
+            sums[role, layer][1] += prod(tensor.shape)
+            nbytes[role] += tensor.nbytes
+    if not sums:
+        return None
+    roles = sorted(nbytes, key=lambda role: -nbytes[role])
+    layers = sorted({layer for _, layer in sums})
+    values = np.full((len(roles), len(layers)), np.nan)
+    place = {layer: column for column, layer in enumerate(layers)}
+    row = {role: number for number, role in enumerate(roles)}
+    for (role, layer), (bits, size) in sums.items():
+        values[row[role], place[layer]] = bits / size
+    return Grid(roles, [str(layer) for layer in layers], values)
+
+
+def bits_by_expert(file: GGUFFile) -> dict[str, Grid]:
+    """Bits per weight, rows: layers, columns: experts; one grid for each tensor stored in banks.
+
+    Empty for a file whose experts share a type in every layer. Raises GGUFError for a bank map
+    that does not give each expert one bank that is there.
+    """
+    banked: dict[str, dict[int, list[float]]] = defaultdict(dict)
+    for tensor in file.tensors.values():
+        layer = layer_of(tensor.name)
+        if layer is not None and tensor.name.endswith(BANK_MAP):
+            role = role_of(tensor.name).removesuffix(BANK_MAP)
+            banked[role][layer] = _expert_bits(file, tensor)
+    grids = {}
+    for role, layers in banked.items():
+        experts = max(len(bits) for bits in layers.values())
+        values = np.full((len(layers), experts), np.nan)
+        for row, (_, bits) in enumerate(sorted(layers.items())):
+            values[row, : len(bits)] = bits
+        columns = [str(expert) for expert in range(experts)]
+        grids[role] = Grid([str(layer) for layer in sorted(layers)], columns, values)
+    return grids
+
+
+def _expert_bits(file: GGUFFile, bank_map: GGUFTensor) -> list[float]:
+    """Each expert's bits per weight. The map's shape is (banks, experts); -1: not in this bank."""
+    stem = bank_map.name.removesuffix(BANK_MAP)
+    if bank_map.qtype != "I32" or len(bank_map.shape) > 2:
+        raise GGUFError(f"{file.path}: {bank_map.name} is no table of banks and experts.")
+    held = file.read(bank_map.name).view("<i4").reshape(-1, bank_map.shape[-1]) >= 0
+    banks = [file.tensors.get(f"{stem}.bank{b}.weight") for b in range(len(held))]
+    if (held.sum(axis=0) != 1).any() or any(
+        bank is None and row.any() for bank, row in zip(banks, held, strict=True)
+    ):
+        raise GGUFError(f"{file.path}: {bank_map.name} does not give each expert one bank.")
+    bits = [0.0 if bank is None else 8 * bank.nbytes / prod(bank.shape) for bank in banks]
+    return [bits[bank] for bank in held.argmax(axis=0)]
+
+
+def _is_matrix(tensor: GGUFTensor) -> bool:
+    """True for two dimensions or more; norms, scales, biases and bank maps are no matrices."""
+    return sum(size > 1 for size in tensor.shape) > 1 and tensor.qtype not in INTEGERS
