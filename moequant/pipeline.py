@@ -111,6 +111,17 @@ def export(
     return result
 
 
+def write_lossless(
+    checkpoint: Checkpoint, path: Path, progress: Progress = lambda *_: None
+) -> None:
+    """The checkpoint as a GGUF file with every weight as it is: in its own type if it has one."""
+    matrices = [spec for spec in describe(checkpoint).tensors if len(spec.shape) > 1]
+    dtypes = {checkpoint.tensors[name].dtype for spec in matrices for name in spec.sources}
+    own = {torch.bfloat16: "BF16", torch.float16: "F16"}
+    preset = own.get(dtypes.pop(), "F32") if len(dtypes) == 1 else "F32"
+    export(checkpoint, path, ExportOptions(preset=preset, calibration=None), progress)
+
+
 def check_device(device: str) -> None:
     """UsageError unless `device` is cpu, or a cuda device that this machine has."""
     kind, _, index = device.partition(":")
@@ -242,7 +253,8 @@ def _notes(checkpoint: Checkpoint, imatrix: Imatrix | None) -> tuple[str, ...]:
     digest = imatrix.metadata.get("moequant.checkpoint.digest")
     if digest in (None, checkpoint.digest()):
         return ()
-    name = imatrix.metadata.get("moequant.checkpoint.name")
+    keys = ("moequant.checkpoint.name", "moequant.checkpoint.part")
+    name = ", ".join(str(imatrix.metadata[key]) for key in keys if key in imatrix.metadata)
     return (f"the imatrix was measured on another checkpoint ({name}); shapes fit, so it is used",)
 
 

@@ -20,7 +20,7 @@ import copy
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -146,14 +146,33 @@ class StreamedModel:
     @torch.inference_mode()
     def run_layer(self, layer: nn.Module, bid: int, batch: Batch) -> None:
         """Advance `batch` through layer `bid`; its arguments for that layer are let go."""
+        call = self._call(bid, batch)
+        batch.calls[bid] = None
+        batch.hidden = self._run(layer, batch.hidden, *call)
+
+    @torch.inference_mode()
+    def peek(self, layer: nn.Module, bid: int, batch: Batch) -> Tensor:
+        """What `layer`, in the place of layer `bid`, would make of `batch`, which stays as it is.
+
+        `layer` may be another model's. Returns (sequences, tokens, hidden) on the CPU.
+        """
+        args, kwargs = self._call(bid, batch)
+        own = {n: copy.copy(v) if isinstance(v, MutableMapping) else v for n, v in kwargs.items()}
+        return self._run(layer, batch.hidden.clone(), args, own)
+
+    def _call(self, bid: int, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = batch.calls[bid]
         if call is None:
             raise ValueError(f"batch has already been through layer {bid}")
-        args, kwargs = call
-        batch.calls[bid] = None
-        hidden = batch.hidden.to(self.device)
-        made = layer(hidden, *_moved(args, self.device), **_moved(kwargs, self.device))
-        batch.hidden = (made[0] if isinstance(made, tuple) else made).to("cpu")
+        return call
+
+    def _run(
+        self, layer: nn.Module, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        given = _moved(args, self.device), _moved(kwargs, self.device)
+        made = layer(hidden.to(self.device), *given[0], **given[1])
+        after: Tensor = (made[0] if isinstance(made, tuple) else made).to("cpu")
+        return after
 
     def run_layers(self, batches: list[Batch], progress: Progress | None = None) -> None:
         """Advance all batches through all layers."""

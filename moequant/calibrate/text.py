@@ -59,7 +59,7 @@ def read_corpus(sources: Sequence[Path]) -> Corpus:
     Raises CalibrationError for a source that is missing, undecodable, malformed or without text.
     """
     if not sources:
-        return Corpus(tuple(_built_in_documents()), (BUILT_IN,))
+        return Corpus(tuple(packaged_documents("moequant.calibrate", BUILT_IN)), (BUILT_IN,))
     documents = [
         document for source in sources for file in _files(source) for document in _read_file(file)
     ]
@@ -68,14 +68,15 @@ def read_corpus(sources: Sequence[Path]) -> Corpus:
     return Corpus(tuple(documents), tuple(map(str, sources)))
 
 
-def _built_in_documents() -> Iterator[Document]:
-    folder = resources.files("moequant.calibrate") / "corpus"
+def packaged_documents(package: str, name: str) -> Iterator[Document]:
+    """The documents in `corpus/*.txt` of an installed package; they go by `name`."""
+    folder = resources.files(package) / "corpus"
     files = sorted((f for f in folder.iterdir() if f.name.endswith(".txt")), key=lambda f: f.name)
     if not files:
-        raise CalibrationError("this installation lacks the built-in calibration text; give one")
+        raise CalibrationError(f"this installation lacks the {name}; give a text")
     for file in files:
         for text in _split(file.read_text("utf-8").splitlines(keepends=True)):
-            yield Document(f"{BUILT_IN}/{file.name}", text)
+            yield Document(f"{name}/{file.name}", text)
 
 
 def _split(lines: Iterable[str]) -> Iterator[str]:

@@ -112,7 +112,7 @@ class WeightNames:
         for name in names:
             parameter = f"{path}.{name}" if path else name
             if parameter in self._recipes:
-                values |= self._convert(parameter, dtype, device)
+                values |= self.assemble(parameter, dtype, device, self._source.read)
         own = {n.removeprefix(f"{path}.") if path else n: t for n, t in values.items()}
         module.load_state_dict(own, strict=False, assign=True)
         missing = [n for n in names if n not in own]
@@ -122,20 +122,33 @@ class WeightNames:
                 "it does not match its config.json"
             )
 
-    def _convert(
-        self, parameter: str, dtype: torch.dtype, device: torch.device
+    def parts(self, parameter: str) -> list[str]:
+        """The checkpoint tensors that `parameter` is made of; none for an unknown one."""
+        recipe = self._recipes.get(parameter)
+        return [] if recipe is None else [name for name, _ in recipe.parts]
+
+    def assemble(
+        self,
+        parameter: str,
+        dtype: torch.dtype,
+        device: torch.device,
+        read: Callable[[str], Tensor],
     ) -> dict[str, Tensor]:
+        """`parameter` by name, and whatever else its converter makes with it.
+
+        `read` gives the checkpoint tensors; those that are floating become `dtype`.
+        """
         recipe = self._recipes[parameter]
 
-        def read(name: str) -> Tensor:
-            tensor = self._source.read(name)
+        def taken(name: str) -> Tensor:
+            tensor = read(name)
             check_finite(name, tensor, getattr(self._source.tensors[name], "file", None))
             return tensor.to(device, dtype if tensor.is_floating_point() else None)
 
         if recipe.converter is None:
-            return {parameter: read(recipe.parts[0][0])}
+            return {parameter: taken(recipe.parts[0][0])}
         converter = copy.deepcopy(recipe.converter)
         for name, pattern in recipe.parts:
-            converter.add_tensor(parameter, name, pattern, lambda name=name: read(name))
+            converter.add_tensor(parameter, name, pattern, lambda name=name: taken(name))
         made = converter.convert(parameter)
         return {n: t[0] if isinstance(t, list) else t for n, t in made.items()}

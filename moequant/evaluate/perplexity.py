@@ -31,6 +31,7 @@ from moequant.calibrate.windows import (
     token_stream,
 )
 from moequant.errors import CalibrationError, UsageError
+from moequant.evaluate.divergence import TokenScores
 
 
 @dataclass(frozen=True)
@@ -128,12 +129,7 @@ def score(
 @torch.inference_mode()
 def _losses(model: StreamedModel, normed: Tensor, targets: Tensor) -> Tensor:
     """log Σ exp(logits) - logit of the target for each position, float64, over logits in slices."""
-    total = torch.full(targets.shape, -math.inf, dtype=torch.float64)
-    hit = torch.zeros_like(total)
+    scores = TokenScores(targets)
     for first, start, logits in model.logits(normed):
-        here = slice(first, first + len(logits))
-        total[here] = torch.logaddexp(total[here], logits.double().logsumexp(-1).cpu())
-        column = targets[here] - start
-        inside = ((column >= 0) & (column < logits.shape[1])).nonzero().flatten()
-        hit[here][inside] = logits[inside, column[inside]].double().cpu()
-    return total - hit
+        scores.add(slice(first, first + len(logits)), start, logits.double())
+    return scores.nll
