@@ -26,21 +26,46 @@ from moequant.errors import ArchitectureError
 
 
 @dataclass(frozen=True)
+class Branches:
+    """Modules of a decoder layer whose outputs (..., hidden) are added: a dense MLP's and the
+    experts', both after their norms."""
+
+    dense: str
+    experts: str
+
+
+@dataclass(frozen=True)
 class RouterOutput:
-    """Where a family's layers show router scores over all experts.
+    """Where a family's layers show router scores over all experts, and what is beside it.
 
     `module`: path of the router in a decoder layer; `output`: which of its outputs has the scores
-    (tokens, experts); `kind`: what they are.
+    (tokens, experts); `kind`: what they are; `gates`, `chosen`: which of its outputs have the gates
+    and the experts chosen, both (tokens, k); `top_k`: the attribute, seen from the router, that
+    says how many it chooses; `branches`: None where experts stand in the place of a dense MLP.
     """
 
     module: str
     output: int
     kind: Literal["probabilities", "logits"]
+    gates: int
+    chosen: int
+    top_k: str
+    branches: Branches | None = None
 
 
 ROUTERS = {
-    "gemma4_text": RouterOutput("router", 0, "probabilities"),
-    "qwen3_moe": RouterOutput("mlp.gate", 0, "logits"),
+    "gemma4_text": RouterOutput(
+        module="router",
+        output=0,
+        kind="probabilities",
+        gates=1,
+        chosen=2,
+        top_k="config.top_k_experts",
+        branches=Branches("post_feedforward_layernorm_1", "post_feedforward_layernorm_2"),
+    ),
+    "qwen3_moe": RouterOutput(
+        module="mlp.gate", output=0, kind="logits", gates=1, chosen=2, top_k="top_k"
+    ),
 }
 """By transformers' `model_type`."""
 
@@ -49,7 +74,7 @@ def router_output(model_type: str) -> RouterOutput:
     """The row of a family; raises ArchitectureError where there is none."""
     if model_type not in ROUTERS:
         raise ArchitectureError(
-            f"calibration does not know where {model_type!r} layers show router probabilities; "
+            f"moequant does not know where {model_type!r} layers show router probabilities; "
             f"it does for {', '.join(ROUTERS)}"
         )
     return ROUTERS[model_type]

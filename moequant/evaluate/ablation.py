@@ -1,0 +1,141 @@
+"""What experts are worth: perplexity with fewer of them, and with none.
+
+Owns: running variants of a model beside it, layer by layer, and comparing their perplexities.
+Leaves out: the forward (`calibrate.forward`), and the definition of perplexity (`perplexity`).
+
+"top-j" is what the model does when its own configuration says j experts per token: the router's
+attribute is set, so that gates are normalised again where the family does so. "off" is top-0: no
+expert is chosen, the experts' branch is zeros, and so it is after its norm, so that the layer keeps
+its dense branch alone. It exists only where there is one (additive models). From the first layer
+with experts on each variant has hidden states of its own; a layer is loaded once for all of them.
+"""
+
+import copy
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from moequant.calibrate.forward import Batch, StreamedModel
+from moequant.calibrate.near_miss import RouterOutput
+from moequant.evaluate.perplexity import Perplexity, score
+
+OFF = "off"
+
+
+@dataclass(frozen=True)
+class Ablated:
+    """Perplexity of a variant, and nll - nll of the whole model per scored token.
+
+    `name`: "off" or "top-j". `experts`: how many per token. `by_text`: the perplexity of each
+    text. `delta_nll` in nats, with the paired standard error: the tokens are the same, so this
+    tells two variants apart when `perplexity`'s own errors do not.
+    """
+
+    name: str
+    experts: int
+    perplexity: Perplexity
+    by_text: dict[str, float]
+    delta_nll: float
+    delta_nll_stderr: float
+
+
+class Variants:
+    """The batches of each variant of a model, on their way through its layers.
+
+    `tops`: experts per token of each, 0 = off. The one that equals `used` is the model itself, and
+    is run by whoever runs the model.
+    """
+
+    def __init__(self, row: RouterOutput, tops: Sequence[int], used: int) -> None:
+        """Nothing runs until the first layer with experts."""
+        self._row = row
+        self.tops = tuple(tops)
+        self._used = used
+        self._batches: dict[int, list[Batch]] = {}
+
+    def fork(self, batches: list[Batch]) -> None:
+        """Begin where `batches` stand: before the first layer with experts."""
+        self._batches = {
+            top: [fork(batch) for batch in batches] for top in self.tops if top != self._used
+        }
+
+    def run_layer(self, model: StreamedModel, layer: nn.Module, bid: int, *, moe: bool) -> None:
+        """Advance all variants through layer `bid`; `moe`: it has experts."""
+        for top, batches in self._batches.items():
+            with choosing(layer, self._row, top) if moe else _as_it_is():
+                for batch in batches:
+                    model.run_layer(layer, bid, batch)
+
+    def scores(
+        self, model: StreamedModel, whole: list[Batch], windows: Tensor, texts: dict[str, int]
+    ) -> list[Ablated]:
+        """Perplexities, ascending; `whole` are the model's own batches, after the last layer.
+
+        `texts`: how many of `windows` each text has, in order. The output matrix is read once.
+        """
+        batches = self._batches | {self._used: whole}
+        every = chain.from_iterable(batches[top] for top in self.tops)
+        found = score(model, every, windows.repeat(len(self.tops), 1))
+        losses = dict(zip(self.tops, found.nll.chunk(len(self.tops)), strict=True))
+        return [
+            _ablated(top, losses[top], losses[self._used], texts, len(windows)) for top in self.tops
+        ]
+
+
+def _ablated(top: int, nll: Tensor, whole: Tensor, texts: dict[str, int], windows: int) -> Ablated:
+    per_window = len(nll) // windows
+    parts = nll.split([n * per_window for n in texts.values()])
+    difference = nll - whole
+    spread = float(difference.std(correction=0)) if len(difference) > 1 else 0.0
+    return Ablated(
+        name=f"top-{top}" if top else OFF,
+        experts=top,
+        perplexity=Perplexity(nll),
+        by_text={name: Perplexity(part).ppl for name, part in zip(texts, parts, strict=True)},
+        delta_nll=float(difference.mean()),
+        delta_nll_stderr=spread / max(1, len(difference) - 1) ** 0.5,
+    )
+
+
+@contextmanager
+def choosing(layer: nn.Module, row: RouterOutput, top: int) -> Iterator[None]:
+    """`layer` with a router that chooses `top` experts; as it was afterwards."""
+    path, _, name = row.top_k.rpartition(".")
+    router = layer.get_submodule(row.module)
+    holder = attrgetter(path)(router) if path else router
+    before = getattr(holder, name)
+    setattr(holder, name, top)
+    try:
+        yield
+    finally:
+        setattr(holder, name, before)
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+def fork(batch: Batch) -> Batch:
+    """A batch at the same place that goes its own way.
+
+    Tensors are shared, since no layer writes into them; what layers write into is not: the dict in
+    which Gemma 4 hands keys and values on, one object in the calls of many layers.
+    """
+    own: dict[int, Any] = {}
+    return Batch(batch.hidden, [call and _forked(call, own) for call in batch.calls])
+
+
+def _forked(value: Any, own: dict[int, Any]) -> Any:
+    if type(value) is dict:
+        return {name: _forked(item, own) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_forked(item, own) for item in value)
+    if isinstance(value, MutableMapping):
+        return own.setdefault(id(value), copy.copy(value))
+    return value
