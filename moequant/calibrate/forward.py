@@ -298,6 +298,9 @@ def _empty_model(spec: ModelSpec) -> Any:
 
     fields = dict(spec.config.get("text_config") or spec.config)  # of a model for several media
     model_type = fields.pop("model_type", None)
+    # Built in float32 whatever the checkpoint has: Gemma 4 rounds the scale of its embeddings to
+    # the dtype it is built in, and casts it to the dtype it computes in.
+    fields.pop("dtype", None)
     try:
         config = AutoConfig.for_model(model_type, **fields)
         with torch.device("meta"):
