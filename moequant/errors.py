@@ -68,6 +68,10 @@ class ExportError(MoequantError):
     """Writing failed: disk full, no permission, or the file read back is not what was packed."""
 
 
+class OllamaError(MoequantError):
+    """An Ollama server that refused a model, broke off, or is none."""
+
+
 class LlamaCppError(MoequantError):
     """The pinned llama.cpp could not be fetched, verified or built."""
 

@@ -44,6 +44,8 @@ CALIBRATION_ONLY = (
               help="Keep the plan.")  # fmt: skip
 @click.option("--perplexity", "text", type=click.Path(path_type=Path), metavar="TEXT",
               help="Then measure perplexity on TEXT, before and after.")  # fmt: skip
+@click.option("--ollama", "ollama_name", metavar="NAME",
+              help="Then write a Modelfile; create NAME if an Ollama answers.")  # fmt: skip
 @force_option
 @json_option
 @click.pass_context
@@ -54,6 +56,7 @@ def export(
     output: Path,
     text: Path | None,
     without_experts: bool,
+    ollama_name: str | None,
     as_json: bool,
     **arguments: Any,
 ) -> None:
@@ -65,6 +68,8 @@ def export(
 
     _refuse_idle_options(ctx)
     options = _export_options(arguments)
+    if ollama_name is not None:
+        _check_ollama(ollama_name, output, force=options.force)
     opened = open_checkpoint(checkpoint, dense_part=without_experts)
     windows = None if text is None else text_windows(opened.path, text, spec=describe(opened))
     with progress_bars(quiet=as_json) as progress:
@@ -73,10 +78,35 @@ def export(
         if windows is not None:
             fidelity = pipeline.measure_perplexity(result, windows, options.device, progress)
     if as_json:
-        print_json(tables.export_json(result, fidelity))
+        data = tables.export_json(result, fidelity)
+        if ollama_name is not None:
+            data["ollama"] = _publish(ollama_name, result.path, quiet=True).to_json()
+        print_json(data)
         return
     for table in tables.export_tables(result, fidelity):
         out.print(table)
+    if ollama_name is not None:
+        from moequant.tables.ollama import ollama_tables
+
+        for table in ollama_tables(_publish(ollama_name, result.path)):
+            out.print(table, soft_wrap=True)
+
+
+def _check_ollama(name: str, output: Path, *, force: bool) -> None:
+    """What can be known of --ollama before the export, which may take hours."""
+    from moequant.files import check_distinct, check_target
+    from moequant.ollama import check_name, modelfile_path
+
+    check_name(name)
+    check_distinct([output, modelfile_path(output)], [])
+    check_target(modelfile_path(output), force=force)
+
+
+def _publish(name: str, path: Path, *, quiet: bool = False) -> Any:
+    from moequant.ollama import publish
+
+    with progress_bars(quiet=quiet) as progress:  # the Modelfile was checked before the export
+        return publish(path, name, force=True, progress=progress)
 
 
 def _refuse_idle_options(ctx: click.Context) -> None:
