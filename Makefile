@@ -29,7 +29,7 @@ test: lint
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/encoders.py
-	$(BIN)/python benchmarks/calibration_memory.py
+	$(BIN)/python benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache

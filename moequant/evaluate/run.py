@@ -22,6 +22,8 @@ from moequant.evaluate.models import MeasuredModel, check_same_model, open_file,
 from moequant.evaluate.perplexity import Perplexity
 from moequant.evaluate.result import Evaluation, Row, estimate, rows_of
 from moequant.evaluate.text import TextOptions, documents_of, text_windows
+from moequant.expert_banks import read_banks
+from moequant.gguf_file import GGUFFile
 from moequant.runtime.llama_cpp import ensure_built
 
 OURS, LLAMA_CPP = "moequant", "llama.cpp"
@@ -116,6 +118,13 @@ def _by_llama_cpp(
     lossless: Lossless,
     progress: Progress,
 ) -> Evaluation:
+    if any(
+        read_banks(model.origin) for model in (file, base) if isinstance(model.origin, GGUFFile)
+    ):
+        raise UsageError(
+            f"--engine {LLAMA_CPP}: {path} or its reference keeps experts in banks, which stock "
+            f"llama.cpp does not run; use --engine {OURS}."
+        )
     llama_cpp = ensure_built(("llama-perplexity",))
     documents = documents_of(options.text)
     if any(document.messages for document in documents):

@@ -1,10 +1,11 @@
-"""Peak memory of calibration does not grow with depth.
+"""Peak memory of calibration, or of evaluation, does not grow with depth.
 
 Makes a synthetic Gemma 4 additive MoE with layers of real size, in bfloat16 and streamed to disk,
-once shallow and once deep, calibrates each in a process of its own, and compares peak RSS. Run by
-hand; needs 6 GB of disk for the defaults and about five minutes on two cores:
+once shallow and once deep, runs the stage on each in a process of its own, and compares peak RSS.
+The evaluation holds the model against itself, in float32, with every error measured. Run by hand;
+needs 6 GB of disk for the defaults and about five minutes on two cores:
 
-    python benchmarks/calibration_memory.py [--json]
+    python benchmarks/memory.py [--stage evaluate] [--json]
 """
 
 import argparse
@@ -70,55 +71,70 @@ def random_weight(name: str, shape: torch.Size, generator: torch.Generator) -> t
     return values.uniform_(-1.7 * scale, 1.7 * scale, generator=generator)
 
 
-def calibrate_once(folder: Path, tokens: int) -> dict[str, float]:
-    """Calibrate on random tokens in this process; peak RSS in MB and seconds."""
-    from moequant.architectures import describe
-    from moequant.calibrate import CalibrationOptions
-    from moequant.calibrate.forward import StreamedModel
-    from moequant.calibrate.run import observe_model
+def run_once(stage: str, folder: Path, tokens: int) -> dict[str, float]:
+    """The stage on random tokens in this process; peak RSS in MB and seconds."""
     from moequant.checkpoint import open_checkpoint
+    from moequant.evaluate.models import of_checkpoint
 
-    checkpoint = open_checkpoint(folder)
-    model = StreamedModel(checkpoint, describe(checkpoint))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    model = of_checkpoint(open_checkpoint(folder))
+    before = peak_rss()
     ids = torch.randint(
         VOCABULARY, (tokens // 512, 512), generator=torch.Generator().manual_seed(1)
     )
     start = time.monotonic()
-    entries = observe_model(model, ids, CalibrationOptions(batch_tokens=1024))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    (calibrate if stage == "calibrate" else evaluate)(model, ids)
     return {
-        "peak_rss_mb": round(peak),
+        "peak_rss_mb": round(peak_rss()),
         "before_mb": round(before),
         "seconds": round(time.monotonic() - start, 1),
-        "tensors": len(entries),
         "layer_mb": round(sum(f.stat().st_size for f in folder.glob("layer-0.*")) / 2**20),
         "checkpoint_mb": round(sum(f.stat().st_size for f in folder.glob("*.s*")) / 2**20),
     }
+
+
+def peak_rss() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def calibrate(model: Any, ids: torch.Tensor) -> None:
+    from moequant.calibrate import CalibrationOptions
+    from moequant.calibrate.forward import StreamedModel
+    from moequant.calibrate.run import observe_model
+
+    streamed = StreamedModel(model.weights, model.spec)
+    observe_model(streamed, ids, CalibrationOptions(batch_tokens=1024))
+
+
+def evaluate(model: Any, ids: torch.Tensor) -> None:
+    from moequant.evaluate.compare import CompareOptions, compare
+
+    (found,) = compare(model, [model], ids, CompareOptions(batch_tokens=1024))
+    assert found.divergence is not None and found.divergence.mean_kld.value < 1e-9
 
 
 def main() -> None:
     """Measure both depths and print the comparison."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--layers", type=int, nargs=2, default=(4, 16), metavar=("FEW", "MANY"))
+    parser.add_argument("--stage", choices=("calibrate", "evaluate"), default="calibrate")
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--make", type=int, help=argparse.SUPPRESS)  # in processes of their own
-    parser.add_argument("--calibrate", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:
-        make_checkpoint(arguments.calibrate, arguments.make)
+        make_checkpoint(arguments.folder, arguments.make)
         return
-    if arguments.calibrate:
-        print(json.dumps(calibrate_once(arguments.calibrate, arguments.tokens)))
+    if arguments.folder:
+        print(json.dumps(run_once(arguments.stage, arguments.folder, arguments.tokens)))
         return
     runs = {}
     for layers in arguments.layers:
         with tempfile.TemporaryDirectory() as scratch:
             # a process inherits its parent's peak across exec, so this one stays small
-            command = [sys.executable, __file__, "--calibrate", f"{scratch}/model"]
+            command = [sys.executable, __file__, "--folder", f"{scratch}/model"]
             subprocess.run([*command, "--make", str(layers)], check=True)
-            command += ["--tokens", str(arguments.tokens)]
+            command += ["--stage", arguments.stage, "--tokens", str(arguments.tokens)]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
             runs[layers] = json.loads(done.stdout.splitlines()[-1])
         if not arguments.json:
