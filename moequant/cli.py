@@ -16,8 +16,12 @@ import click
 from rich.text import Text
 
 import moequant
+from moequant.commands.bench import bench
+from moequant.commands.evaluate import evaluate
 from moequant.commands.export import calibrate, export, plan, presets
 from moequant.commands.inspect import inspect
+from moequant.commands.ollama import ollama
+from moequant.commands.routing import routing
 from moequant.commands.shared import err
 from moequant.errors import MoequantError
 
@@ -64,7 +68,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\b")
 
 
-for command in (export, calibrate, plan, presets, inspect):
+for command in (export, calibrate, plan, presets, inspect, evaluate, ollama, routing, bench):
     main.add_command(command)
 
 
