@@ -21,7 +21,7 @@ from moequant.errors import CheckpointError
 from moequant.gguf_export.tokenizer import tokenizer_metadata
 from moequant.gguf_export.writer import MetadataEntry
 
-__all__ = ["MetadataEntry", "gguf_metadata"]
+__all__ = ["MetadataEntry", "gguf_metadata", "hyperparameters"]
 
 PLAIN = {
     GGUFValueType.UINT32: (int,),
@@ -64,7 +64,7 @@ def gguf_metadata(
         MetadataEntry(
             "general.quantization_version", gguf.GGML_QUANT_VERSION, GGUFValueType.UINT32
         ),
-        *_hyperparameters(spec),
+        *hyperparameters(spec),
         *tokenizer_metadata(spec, checkpoint),
     ]
 
@@ -72,8 +72,8 @@ def gguf_metadata(
 # --- {arch}.* --------------------------------------------------------------------------------
 
 
-def _hyperparameters(spec: ModelSpec) -> list[MetadataEntry]:
-    """The `{arch}.*` keys of the family's row."""
+def hyperparameters(spec: ModelSpec) -> list[MetadataEntry]:
+    """The `{arch}.*` keys of the family's row; CheckpointError as for `gguf_metadata`."""
     entries = []
     for key in family_named(spec.architecture).keys:
         value = key.value(spec.config)
