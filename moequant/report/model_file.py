@@ -18,7 +18,7 @@ from moequant.plan import role_of
 _LAYER = re.compile(r"blk\.([0-9]{1,6})\.")
 INTEGERS = ("I8", "I16", "I32", "I64")
 BANK_MAP = ".bank_map"
-_BANK = re.compile(r"\.bank([0-9]{1,3})(?=\.weight$)")
+_BANK = re.compile(r"(?<=_exps)\.bank[0-9]{1,3}(?=\.weight$|$)")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,11 @@ def layer_of(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
+def without_bank(role: str) -> str:
+    """The role of a whole expert tensor, from that of one of its banks."""
+    return _BANK.sub("", role)
+
+
 def bits_by_tensor(file: GGUFFile) -> Grid | None:
     """Bits per weight, rows: what a tensor is, columns: layers. Only tensors that hold matrices.
 
@@ -49,7 +54,7 @@ def bits_by_tensor(file: GGUFFile) -> Grid | None:
     for tensor in file.tensors.values():
         layer = layer_of(tensor.name)
         if layer is not None and _is_matrix(tensor):
-            role = role_of(_BANK.sub("", tensor.name))
+            role = without_bank(role_of(tensor.name))
             sums[role, layer][0] += 8 * tensor.nbytes
             sums[role, layer][1] += prod(tensor.shape)
             nbytes[role] += tensor.nbytes
@@ -77,15 +82,20 @@ def bits_by_expert(file: GGUFFile) -> dict[str, Grid]:
         if layer is not None and tensor.name.endswith(BANK_MAP):
             role = role_of(tensor.name).removesuffix(BANK_MAP)
             banked[role][layer] = _expert_bits(file, tensor)
-    grids = {}
-    for role, layers in banked.items():
-        experts = max(len(bits) for bits in layers.values())
-        values = np.full((len(layers), experts), np.nan)
-        for row, (_, bits) in enumerate(sorted(layers.items())):
-            values[row, : len(bits)] = bits
-        columns = [str(expert) for expert in range(experts)]
-        grids[role] = Grid([str(layer) for layer in sorted(layers)], columns, values)
-    return grids
+    for tensor in file.tensors.values():  # layers of the same tensor that need no banks
+        layer, role = layer_of(tensor.name), role_of(tensor.name)
+        if layer is not None and role in banked and len(tensor.shape) == 3:
+            banked[role][layer] = [8 * tensor.nbytes / prod(tensor.shape)] * tensor.shape[0]
+    return {role: _expert_grid(layers) for role, layers in banked.items()}
+
+
+def _expert_grid(layers: dict[int, list[float]]) -> Grid:
+    experts = max(len(bits) for bits in layers.values())
+    values = np.full((len(layers), experts), np.nan)
+    for row, (_, bits) in enumerate(sorted(layers.items())):
+        values[row, : len(bits)] = bits
+    columns = [str(expert) for expert in range(experts)]
+    return Grid([str(layer) for layer in sorted(layers)], columns, values)
 
 
 def _expert_bits(file: GGUFFile, bank_map: GGUFTensor) -> list[float]:

@@ -14,7 +14,12 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+)
 
 from moequant.report.evaluation import Histogram, LayerError
 from moequant.report.model_file import Grid
@@ -26,7 +31,10 @@ WIDE, NARROW = 720, 340  # CSS pixels
 COLORMAP = "viridis"  # perceptually uniform, and no end of it vanishes in light or dark
 LETTER = 6.6  # px, width of an average letter at FONT_SIZE
 LONGEST_LABEL = 28  # letters of a name beside a plot
-HEAT_WIDTH, HEAT_HEIGHT = 900, 720  # px that the cells of a big heat map share
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # powers of ten without TeX
+PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
+MOST_BITS = 16.0  # F16, F32 and the like share the brightest colour
+HEAT_WIDTH, HEAT_HEIGHT = 930, 720  # px that a big heat map takes, letters at its left included
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,7 @@ def heat_map(
     """
     names = [_short(name) for name in grid.rows]
     left = LETTER * max(len(name) for name in names) + 30
-    cell_width = _cell(len(grid.columns), HEAT_WIDTH, 7, 32)
+    cell_width = _cell(len(grid.columns), HEAT_WIDTH - left, 6.5, 32)
     cell_height = _cell(len(names), HEAT_HEIGHT, 11, 22)
     width, height = cell_width * len(grid.columns), cell_height * len(names)
     with drawing():
@@ -76,7 +84,7 @@ def size_bars(sizes: Sequence[tuple[str, int]], label: str) -> Plot:
     nbytes = [size for _, size in sizes]
 
     def draw(width: float) -> Figure:
-        shown = [_short(name, 20) for name, _ in sizes]
+        shown = [_short(name, 24) for name, _ in sizes]
         left = LETTER * max(len(name) for name in shown) + 14
         figure = new_figure(width, 22 * len(shown) + 12)
         axes = place(figure, left, 4, width - left - 70, 22 * len(shown))
@@ -107,7 +115,7 @@ def layer_errors(models: Sequence[tuple[str, Sequence[LayerError]]], label: str)
         first = models[0][1]
         if any(layer.own_nmse is not None for layer in first):
             own = [np.nan if layer.own_nmse is None else layer.own_nmse for layer in first]
-            _line(axes, first, own, SERIES[0], "the layer alone, on the reference's input", "--")
+            _line(axes, first, own, SERIES[0], "each layer alone", "--")
         _log_where_positive(axes)
         axes.set_ylabel("NMSE of hidden states")
         return _finish(axes)
@@ -122,7 +130,7 @@ def router_overlap(layers: Sequence[LayerError], label: str) -> Plot:
         known = [layer for layer in layers if layer.router_overlap is not None]
         axes = _frame(width, 200, legend=0)
         _line(axes, known, [layer.router_overlap or 0.0 for layer in known], SERIES[0], "")
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        axes.yaxis.set_major_formatter(PERCENT)
         axes.set_ylabel("experts in common")
         return _finish(axes)
 
@@ -133,24 +141,26 @@ def kld_distribution(histogram: Histogram, marks: dict[str, float], label: str) 
     """Share of scored tokens by KLD, with lines at `marks` (name → nats)."""
 
     def draw(width: float) -> Figure:
-        axes = _frame(width, 260, legend=0, above=18)
+        axes = _frame(width, 260, legend=0, above=32)
         share = np.array(histogram.counts) / max(1, sum(histogram.counts))
         edges = np.array(histogram.edges)
         if edges[0] > 0:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(numticks=8 if width > NARROW else 5))
+            axes.xaxis.set_major_formatter(PLAIN)
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.stairs(share, edges, fill=True, color=SERIES[0], alpha=0.75, linewidth=0)
         axes.set_xlim(*_filled(edges, share))
         low, high = axes.get_xlim()
-        for name, value in marks.items():
+        for number, (name, value) in enumerate(marks.items()):
             if low <= value <= high:
                 axes.axvline(value, color=SERIES[1], linewidth=1.2)
-                axes.annotate(
-                    name, (value, 1), (0, 4), xycoords=("data", "axes fraction"),
+                axes.annotate(  # two levels, so that neighbours do not touch
+                    name, (value, 1), (0, 3 + 13 * (number % 2)),
+                    xycoords=("data", "axes fraction"),
                     textcoords="offset points", ha="center", color=TEXT,
                 )  # fmt: skip
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=None))
+        axes.yaxis.set_major_formatter(PERCENT)
         axes.set_xlabel("KLD in nats")
         axes.set_ylabel("scored tokens")
         return _finish(axes, layers=False)
@@ -182,17 +192,17 @@ def relative_norm(values: npt.NDArray[np.float64]) -> Normalize:
     return Normalize(0, max(2.0, float(np.nanpercentile(values, 99.5))))
 
 
-def log_norm(values: npt.NDArray[np.float64]) -> Normalize | None:
-    """Logarithmic colours over positive values; None (linear) if there are none."""
-    positive = values[np.isfinite(values) & (values > 0)]
-    return LogNorm(positive.min(), positive.max()) if positive.size else None
+def bits_norm(values: npt.NDArray[np.float64]) -> Normalize:
+    """Logarithmic colours for bits per weight, up to MOST_BITS."""
+    low = float(np.nanmin(values))
+    return LogNorm(low, max(low, min(MOST_BITS, float(np.nanmax(values)))))
 
 
 def _frame(width: float, height: float, *, legend: int, above: float = 6) -> Axes:
     """Axes with room for labels at the left and below, and for `legend` lines above."""
     above += 20 * legend
     figure = new_figure(width, height + above + 44)
-    axes = place(figure, 66, above, width - 66 - 14, height)
+    axes = place(figure, 70, above, width - 70 - 12, height)
     axes.grid(axis="y")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
@@ -230,6 +240,7 @@ def _log_where_positive(axes: Axes) -> None:
     drawn = drawn[np.isfinite(drawn)]
     if drawn.size and (drawn > 0).all():
         axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 

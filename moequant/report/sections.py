@@ -16,12 +16,14 @@ from moequant.plan import role_of
 from moequant.report import plots
 from moequant.report.data import ReportData
 from moequant.report.evaluation import Measured, ModelFidelity
-from moequant.report.model_file import Grid, layer_of
+from moequant.report.model_file import Grid, layer_of, without_bank
 from moequant.report.plots import Plot
 from moequant.tables.common import count, size
 
 OPEN_ROWS = 12  # a longer table is folded
 BARS = 12  # roles that the plot of sizes shows on their own
+FIDELITY = ["size", "bits per weight", "PPL", "PPL ratio", "KLD, mean", "KLD, median", "KLD, 99%",
+            "KLD, 99.9%", "KLD, largest", "top-1", "RMS Δp"]  # fmt: skip
 MARKS = {"median": "median", "p99": "99%", "p999": "99.9%"}
 _FALLBACK = re.compile(r"(?P<name>\S+) (?P<wanted>\S+) -> (?P<qtype>\S+): (?P<reason>.*)", re.S)
 
@@ -114,11 +116,12 @@ def fidelity(data: ReportData) -> Section | None:
     evaluation = data.evaluation
     if evaluation is None:
         return None if data.perplexity is None else _perplexity(*data.perplexity)
-    head = ["model", "size", "bpw", "PPL", "PPL ratio", "mean KLD", "median", "99%", "99.9%",
-            "max", "top-1", "RMS Δp"]  # fmt: skip
-    reference = [f"{_name(evaluation.reference)} (reference)", "", "",
-                 _pm(evaluation.reference_perplexity, 4), *[""] * 8]  # fmt: skip
-    rows = [reference, *map(_fidelity_row, evaluation.models)]
+    names = [f"{_name(evaluation.reference)} (reference)"]
+    columns = [["", "", _pm(evaluation.reference_perplexity, 4), *[""] * 8]]
+    for model in evaluation.models:
+        names.append(_name(model.name))
+        columns.append(_fidelity_column(model))
+    rows = [list(row) for row in zip(FIDELITY, *columns, strict=True)]
     chat = ", as chat" if evaluation.chat else ""
     text = (
         f"On {_name(evaluation.text)}{chat}: {evaluation.windows} windows of {evaluation.length} "
@@ -127,7 +130,7 @@ def fidelity(data: ReportData) -> Section | None:
         "reference's, in nats. Top-1: how often both rank the same token first. RMS Δp: change of "
         "the right token's probability. After ±: the standard error."
     )
-    return Section("Fidelity", text, tables=[Table("Against the reference", head, rows)])
+    return Section("Fidelity", text, tables=[Table("Against the reference", ["", *names], rows)])
 
 
 def _perplexity(before: Measured, after: Measured) -> Section:
@@ -138,11 +141,12 @@ def _perplexity(before: Measured, after: Measured) -> Section:
                    tables=[Table("Perplexity", ["model", "PPL", "change"], rows)])  # fmt: skip
 
 
-def _fidelity_row(model: ModelFidelity) -> list[str]:
+def _fidelity_column(model: ModelFidelity) -> list[str]:
+    """The values of FIDELITY for one model."""
     kld = [f"{model.kld[name]:.3g}" for name in ("median", "p99", "p999", "max")]
     return [
-        _name(model.name), size(model.nbytes), f"{model.bpw:.2f}", _pm(model.perplexity, 4),
-        _pm(model.ppl_ratio, 4), _pm(Measured(model.kld["mean"], model.kld["stderr"]), 5), *kld,
+        size(model.nbytes), f"{model.bpw:.2f}", _pm(model.perplexity, 4), _pm(model.ppl_ratio, 4),
+        _pm(Measured(model.kld["mean"], model.kld["stderr"]), 5), *kld,
         f"{100 * model.top1.value:.2f} ± {100 * model.top1.stderr:.2f}%",
         f"{100 * model.delta_p_rms.value:.2f} ± {100 * model.delta_p_rms.stderr:.2f}%",
     ]  # fmt: skip
@@ -210,7 +214,7 @@ def sizes(data: ReportData) -> Section:
     """Bytes by what a tensor is."""
     totals: dict[str, int] = defaultdict(int)
     for role in data.inspection.roles:
-        totals[role.role] += role.nbytes
+        totals[without_bank(role.role)] += role.nbytes
     ordered = sorted(totals.items(), key=lambda item: -item[1])
     bars = ordered[:BARS]
     if len(ordered) > BARS:
@@ -235,8 +239,8 @@ def bits(data: ReportData) -> Section | None:
     label = (f"Bits per weight of {len(data.bits.rows)} kinds of matrices in "
              f"{len(data.bits.columns)} layers: from {low:.2f} to {high:.2f}.")  # fmt: skip
     plot = plots.heat_map(
-        data.bits, label, rows="", columns="layer", scale="bits per weight",
-        norm=plots.log_norm(data.bits.values),
+        data.bits, label, rows="", columns="layer", scale="bits per weight (16: or more)",
+        norm=plots.bits_norm(data.bits.values),
     )  # fmt: skip
     table = _grid_table("Bits per weight", data.bits, "tensor, layer →", ".2f")
     return Section("Bits per weight", label, [plot], [table])
@@ -248,7 +252,14 @@ def expert_bits(data: ReportData) -> list[Section]:
     for role, grid in data.expert_bits.items():
         label = (f"Bits per weight of each expert of {role}: from {np.nanmin(grid.values):.2f} to "
                  f"{np.nanmax(grid.values):.2f}.")  # fmt: skip
-        plot = plots.heat_map(grid, label, rows="layer", columns="expert", scale="bits per weight")
+        plot = plots.heat_map(
+            grid,
+            label,
+            rows="layer",
+            columns="expert",
+            scale="bits per weight",
+            norm=plots.bits_norm(grid.values),
+        )
         table = _grid_table(f"Bits per weight, {role}", grid, "layer, expert →", ".2f")
         made.append(Section(f"Experts of {role}", label, [plot], [table]))
     return made

@@ -145,5 +145,5 @@ def routing_json(layers: int = 2, experts: int = 4) -> dict[str, Any]:
         {"name": name, "experts": k, "ppl": 11.27 * (1 + 0.9 * 0.3**k), "stderr": 0.3,
          "delta_nll": 0.6 * 0.3**k, "delta_nll_stderr": 0.01} for name, k in names.items()
     ]  # fmt: skip
-    return {"checkpoint": "org/made-up", "layers": rows, "ablation": ablation,
-            "texts": [{"name": "prose", "tokens": 4000}, {"name": "code", "tokens": 5000}]}  # fmt: skip
+    texts = [{"name": "prose", "tokens": 4000}, {"name": "code", "tokens": 5000}]
+    return {"checkpoint": "org/made-up", "texts": texts, "layers": rows, "ablation": ablation}
