@@ -100,9 +100,12 @@ def common_fields(keys: FileKeys) -> dict[str, Any]:
     vocabulary = keys.shapes.get("token_embd.weight")
     if vocabulary is None:
         raise GGUFError(f"{keys.origin}: the tensor token_embd.weight is missing.")
+    layers = keys.count("block_count")
+    if not layers:
+        raise GGUFError(f"{keys.origin}: {keys.architecture}.block_count is 0.")
     return {
         "vocab_size": vocabulary[0],
-        "num_hidden_layers": keys.count("block_count"),
+        "num_hidden_layers": layers,
         "max_position_embeddings": keys.count("context_length"),
         "hidden_size": keys.count("embedding_length"),
         "num_attention_heads": keys.count("attention.head_count"),

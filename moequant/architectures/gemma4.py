@@ -172,6 +172,8 @@ def _config_of(keys: FileKeys) -> dict[str, Any]:
     layers = fields["num_hidden_layers"]
     sliding = keys.flags("attention.sliding_window_pattern", layers)
     shared = keys.count("attention.shared_kv_layers", 0)
+    if shared >= layers:
+        raise GGUFError(f"{keys.origin}: {shared} shared_kv_layers, of {layers} layers.")
     own_keys = [bid for bid in range(layers - shared) if not sliding[bid]]
     ple_table = keys.shapes.get("per_layer_token_embd.weight", (fields["vocab_size"],))
     return {
@@ -237,18 +239,23 @@ def _experts_of(keys: FileKeys) -> dict[str, Any]:
 
 
 def _rotated_part(keys: FileKeys) -> float:
-    """`partial_rotary_factor` from the ones of `rope_freqs` (5); 1 without that tensor."""
-    if "rope_freqs.weight" not in keys.shapes:
-        return 1.0
-    divisors = keys.values("rope_freqs.weight").ravel()
+    """`partial_rotary_factor` from the ones of `rope_freqs` (5)."""
+    head = keys.count("attention.key_length")
+    found = keys.shapes.get("rope_freqs.weight")
+    if found != (head // 2,) or not head:
+        has = "missing" if found is None else f"of shape {list(found)}"
+        raise GGUFError(
+            f"{keys.origin}: rope_freqs.weight is {has}; with attention.key_length {head} it has "
+            f"{head // 2} values."
+        )
+    divisors = keys.values("rope_freqs.weight")
     rotated = int((divisors == 1).sum())
-    if (divisors[:rotated] != 1).any() or (divisors[rotated:] < 1e29).any() or not rotated:
+    if (divisors[:rotated] != 1).any() or not (divisors[rotated:] > 1e29).all() or not rotated:
         raise GGUFError(
             f"{keys.origin}: rope_freqs.weight has other values than ones and then 1e30; only "
             "Gemma 4's partial rotation is supported."
         )
-    part = rotated / len(divisors)
-    head = 2 * len(divisors)
+    part = 2 * rotated / head
     return part if int(head * part / 2) == rotated else math.nextafter(part, 2.0)
 
 

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch
 from gguf import GGMLQuantizationType
 
 from moequant.architectures import describe, describe_gguf
+from moequant.architectures.file_keys import FileKeys
+from moequant.architectures.gemma4 import _rotated_part
 from moequant.calibrate.forward import StreamedModel
 from moequant.calibrate.weights import WeightSource
 from moequant.checkpoint import open_checkpoint
-from moequant.errors import ArchitectureError, GGUFError
+from moequant.errors import ArchitectureError, GGUFError, MoequantError
 from moequant.evaluate.gguf_weights import GGUFWeights
 from moequant.gguf_file import read_model
 from moequant.pipeline import ExportOptions, export
@@ -285,6 +288,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[Exception], list[str]]] = {
         GGUFError,
         ["other values than ones and then 1e30"],
     ),
+    "no frequencies": (
+        "gemma4-dense",
+        {"tensors": {"rope_freqs.weight": None}},
+        GGUFError,
+        [r"rope_freqs\.weight is missing; with attention\.key_length 64 it has 32 values"],
+    ),
     "a rotary scaling that is not served": (
         "qwen3-dense",
         {"keys": {"qwen3.rope.scaling.type": "longrope", "qwen3.rope.scaling.factor": 4.0}},
@@ -320,3 +329,45 @@ def test_another_architecture_is_named_with_those_served(tmp_path: Path) -> None
     message = r"llama\.gguf: architecture 'llama' is not supported.* gemma4, qwen3, qwen3moe"
     with pytest.raises(ArchitectureError, match=message):
         describe_gguf(read_model(tmp_path / "llama.gguf"))
+
+
+ODD = (None, -1, 0, 1, 3, 1 << 31, 1 << 62, 1e30, float("nan"), -2.5, "x", "", True, [], [1],
+       [0] * 6, [True] * 6, ["a"] * 6, [1 << 31] * 6)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["gemma4-ple", "gemma4-additive-some-layers", "qwen3-moe", "yarn"])
+def test_no_value_of_a_key_does_harm(case: str, exported: Callable[[str], Path]) -> None:
+    """Each key with each odd value: a model, or one error that names the file; never a crash."""
+    file = read_model(exported(case))
+    architecture = file.metadata["general.architecture"]
+    keys = [key for key in file.metadata if key.startswith(f"{architecture}.")]
+    keys += [f"{architecture}.rope.scaling.type", f"{architecture}.expert_bank_version"]
+    described = refused = 0
+    for key in keys:
+        for value in ODD:
+            metadata = {**file.metadata, key: value}
+            if value is None:
+                del metadata[key]
+            try:
+                describe_gguf(replace(file, metadata=metadata))
+                described += 1
+            except MoequantError as error:
+                assert str(file.path) in str(error)
+                refused += 1
+    assert described > 10 and refused > 100
+
+
+def test_a_partial_rotation_comes_back_for_every_size_of_head() -> None:
+    """Where 2·n/head is no exact number, the factor must still give n rotated pairs."""
+    for head in range(2, 600, 2):
+        for rotated in {1, head // 6 or 1, head // 3 or 1, head // 2}:
+            divisors = np.array([1.0] * rotated + [1e30] * (head // 2 - rotated), np.float32)
+            keys = FileKeys(
+                origin="file",
+                architecture="gemma4",
+                metadata={"gemma4.attention.key_length": head},
+                shapes={"rope_freqs.weight": divisors.shape},
+                values=lambda _, divisors=divisors: divisors,
+            )
+            part = _rotated_part(keys)
+            assert int(head * part / 2) == int(part * head // 2) == rotated
