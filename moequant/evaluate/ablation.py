@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from moequant.calibrate.forward import Batch, StreamedModel
 from moequant.calibrate.near_miss import RouterOutput
+from moequant.calibrate.run import check_output
+from moequant.evaluate.divergence import mean
 from moequant.evaluate.perplexity import Perplexity, score
 
 OFF = "off"
@@ -65,11 +67,15 @@ class Variants:
         }
 
     def run_layer(self, model: StreamedModel, layer: nn.Module, bid: int, *, moe: bool) -> None:
-        """Advance all variants through layer `bid`; `moe`: it has experts."""
+        """Advance all variants through layer `bid`; `moe`: it has experts.
+
+        Raises CalibrationError for activations that are not finite.
+        """
         for top, batches in self._batches.items():
             with choosing(layer, self._row, top) if moe else _as_it_is():
                 for batch in batches:
                     model.run_layer(layer, bid, batch)
+            check_output(bid, batches)
 
     def scores(
         self, model: StreamedModel, whole: list[Batch], windows: Tensor, texts: dict[str, int]
@@ -90,15 +96,14 @@ class Variants:
 def _ablated(top: int, nll: Tensor, whole: Tensor, texts: dict[str, int], windows: int) -> Ablated:
     per_window = len(nll) // windows
     parts = nll.split([n * per_window for n in texts.values()])
-    difference = nll - whole
-    spread = float(difference.std(correction=0)) if len(difference) > 1 else 0.0
+    difference = mean(nll - whole)
     return Ablated(
         name=f"top-{top}" if top else OFF,
         experts=top,
         perplexity=Perplexity(nll),
         by_text={name: Perplexity(part).ppl for name, part in zip(texts, parts, strict=True)},
-        delta_nll=float(difference.mean()),
-        delta_nll_stderr=spread / max(1, len(difference) - 1) ** 0.5,
+        delta_nll=difference.value,
+        delta_nll_stderr=difference.stderr,
     )
 
 
