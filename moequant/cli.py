@@ -21,6 +21,7 @@ from moequant.commands.evaluate import evaluate
 from moequant.commands.export import calibrate, export, plan, presets
 from moequant.commands.inspect import inspect
 from moequant.commands.ollama import ollama
+from moequant.commands.report import report
 from moequant.commands.routing import routing
 from moequant.commands.shared import err
 from moequant.errors import MoequantError
@@ -68,7 +69,18 @@ def main() -> None:
     warnings.filterwarnings("ignore", module=r"(torch|transformers|huggingface_hub)\b")
 
 
-for command in (export, calibrate, plan, presets, inspect, evaluate, ollama, routing, bench):
+for command in (
+    export,
+    calibrate,
+    plan,
+    presets,
+    inspect,
+    evaluate,
+    ollama,
+    routing,
+    bench,
+    report,
+):
     main.add_command(command)
 
 

@@ -44,6 +44,8 @@ CALIBRATION_ONLY = (
               help="Keep the plan.")  # fmt: skip
 @click.option("--perplexity", "text", type=click.Path(path_type=Path), metavar="TEXT",
               help="Then measure perplexity on TEXT, before and after.")  # fmt: skip
+@click.option("--report", "with_report", is_flag=True,
+              help="Then write a page about the file beside it: model.html.")  # fmt: skip
 @click.option("--ollama", "ollama_name", metavar="NAME",
               help="Then write a Modelfile; create NAME if an Ollama answers.")  # fmt: skip
 @force_option
@@ -56,6 +58,7 @@ def export(
     output: Path,
     text: Path | None,
     without_experts: bool,
+    with_report: bool,
     ollama_name: str | None,
     as_json: bool,
     **arguments: Any,
@@ -68,6 +71,9 @@ def export(
 
     _refuse_idle_options(ctx)
     options = _export_options(arguments)
+    page = output.with_suffix(".html") if with_report else None
+    if page is not None:
+        _check_report(page, output, options)
     if ollama_name is not None:
         _check_ollama(ollama_name, output, force=options.force)
     opened = open_checkpoint(checkpoint, dense_part=without_experts)
@@ -77,19 +83,44 @@ def export(
         fidelity = None
         if windows is not None:
             fidelity = pipeline.measure_perplexity(result, windows, options.device, progress)
+    if page is not None:
+        _write_report(page, result.path, fidelity)
     if as_json:
         data = tables.export_json(result, fidelity)
+        if page is not None:
+            data["report"] = str(page)
         if ollama_name is not None:
             data["ollama"] = _publish(ollama_name, result.path, quiet=True).to_json()
         print_json(data)
         return
     for table in tables.export_tables(result, fidelity):
         out.print(table)
+    if page is not None:
+        out.print(f"report: {page}", soft_wrap=True)
     if ollama_name is not None:
         from moequant.tables.ollama import ollama_tables
 
         for table in ollama_tables(_publish(ollama_name, result.path)):
             out.print(table, soft_wrap=True)
+
+
+def _check_report(page: Path, output: Path, options: Any) -> None:
+    """What can be known of --report before the export."""
+    from moequant.files import check_distinct, check_target
+
+    others = [path for path in (options.save_imatrix, options.save_plan) if path is not None]
+    check_distinct([output, page, *others], [])
+    check_target(page, force=options.force)
+
+
+def _write_report(page: Path, path: Path, fidelity: Any) -> None:
+    from moequant.report import Measured, gather, write_report
+
+    perplexity = None
+    if fidelity is not None:
+        before, after = (Measured(p.ppl, p.stderr) for p in (fidelity.before, fidelity.after))
+        perplexity = (before, after)
+    write_report(page, gather(path, perplexity=perplexity))
 
 
 def _check_ollama(name: str, output: Path, *, force: bool) -> None:

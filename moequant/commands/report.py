@@ -17,7 +17,7 @@ from moequant.commands.shared import err, force_option, out
 @click.option("--routing", type=click.Path(path_type=Path), metavar="ROUTING.JSON",
               help="What `moequant routing --json` printed for the checkpoint.")  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path),
-              help="Where to write. Default: beside the GGUF file, with the suffix .html.")  # fmt: skip
+              help="Default: beside the GGUF file, with the suffix .html.")  # fmt: skip
 @force_option
 def report(
     source: Path, evaluation: Path | None, routing: Path | None, output: Path | None, force: bool

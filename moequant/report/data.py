@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from moequant.errors import UsageError, listing
-from moequant.gguf_file import is_gguf, read_gguf
+from moequant.expert_banks import read_banks
+from moequant.gguf_file import is_gguf, read_model
 from moequant.inspection import Inspection, inspect
 from moequant.report.evaluation import Evaluation, Measured, read_evaluation
 from moequant.report.model_file import Grid, bits_by_expert, bits_by_tensor
@@ -58,7 +59,7 @@ def gather(
         UsageError: a JSON file is damaged, or is about another model than the file.
     """
     file, evaluation = find_file(source, evaluation)
-    header = read_gguf(file)
+    header = read_model(file)
     if header.metadata.get("general.type") == "imatrix":
         raise UsageError(f"{file} is an imatrix; a report is made from a model's GGUF file.")
     measured = None if evaluation is None else read_evaluation(evaluation)
@@ -66,7 +67,7 @@ def gather(
     inspection = inspect(str(file))
     notes: tuple[str, ...] = ()
     if evaluation is not None and measured is not None:
-        _check_tensors(evaluation, measured, file, set(header.tensors))
+        _check_tensors(evaluation, measured, file, {*header.tensors, *read_banks(header)})
         notes = _evaluation_notes(measured, file)
     if routing is not None and routed is not None:
         _check_routing(routing, routed, file, inspection)

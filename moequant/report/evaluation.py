@@ -46,11 +46,11 @@ class LayerError:
 
 @dataclass(frozen=True)
 class TensorError:
-    """NMSE of one tensor's decoded values."""
+    """NMSE that one tensor alone puts into its layer's output; None where not measured."""
 
     name: str
     qtype: str
-    nmse: float
+    nmse: float | None
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _model(model: Fields) -> ModelFidelity:
         delta_p_rms=_measured(model.object("delta_p"), "rms", "rms_stderr"),
         layers=[_layer(layer) for layer in model.objects("layers")],
         tensors=[
-            TensorError(tensor.text("name"), tensor.text("qtype"), tensor.number("nmse"))
+            TensorError(tensor.text("name"), tensor.text("qtype"), tensor.optional("nmse"))
             for tensor in model.objects("tensors")
         ],
         worst_layers=model.counts("worst_layers"),

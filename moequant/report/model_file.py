@@ -11,13 +11,12 @@ from math import prod
 import numpy as np
 import numpy.typing as npt
 
-from moequant.errors import GGUFError
+from moequant.expert_banks import read_banks
 from moequant.gguf_file import GGUFFile, GGUFTensor
 from moequant.plan import role_of
 
 _LAYER = re.compile(r"blk\.([0-9]{1,6})\.")
 INTEGERS = ("I8", "I16", "I32", "I64")
-BANK_MAP = ".bank_map"
 _BANK = re.compile(r"(?<=_exps)\.bank[0-9]{1,3}(?=\.weight$|$)")
 
 
@@ -73,19 +72,18 @@ def bits_by_tensor(file: GGUFFile) -> Grid | None:
 def bits_by_expert(file: GGUFFile) -> dict[str, Grid]:
     """Bits per weight, rows: layers, columns: experts; one grid for each tensor stored in banks.
 
-    Empty for a file whose experts share a type in every layer. Raises GGUFError for a bank map
-    that does not give each expert one bank that is there.
+    Empty for a file whose experts share a type in every layer. Raises GGUFError for damaged banks.
     """
     banked: dict[str, dict[int, list[float]]] = defaultdict(dict)
-    for tensor in file.tensors.values():
-        layer = layer_of(tensor.name)
-        if layer is not None and tensor.name.endswith(BANK_MAP):
-            role = role_of(tensor.name).removesuffix(BANK_MAP)
-            banked[role][layer] = _expert_bits(file, tensor)
+    for name, banks in read_banks(file).items():
+        layer = layer_of(name)
+        if layer is not None:
+            places = (banks.place(expert)[0] for expert in range(banks.shape[0]))
+            banked[role_of(name)][layer] = [_bpw(bank) for bank in places]
     for tensor in file.tensors.values():  # layers of the same tensor that need no banks
         layer, role = layer_of(tensor.name), role_of(tensor.name)
-        if layer is not None and role in banked and len(tensor.shape) == 3:
-            banked[role][layer] = [8 * tensor.nbytes / prod(tensor.shape)] * tensor.shape[0]
+        if layer is not None and role in banked:
+            banked[role][layer] = [_bpw(tensor)] * tensor.shape[0]
     return {role: _expert_grid(layers) for role, layers in banked.items()}
 
 
@@ -98,19 +96,8 @@ def _expert_grid(layers: dict[int, list[float]]) -> Grid:
     return Grid([str(layer) for layer in sorted(layers)], columns, values)
 
 
-def _expert_bits(file: GGUFFile, bank_map: GGUFTensor) -> list[float]:
-    """Each expert's bits per weight. The map's shape is (banks, experts); -1: not in this bank."""
-    stem = bank_map.name.removesuffix(BANK_MAP)
-    if bank_map.qtype != "I32" or len(bank_map.shape) > 2:
-        raise GGUFError(f"{file.path}: {bank_map.name} is no table of banks and experts.")
-    held = file.read(bank_map.name).view("<i4").reshape(-1, bank_map.shape[-1]) >= 0
-    banks = [file.tensors.get(f"{stem}.bank{b}.weight") for b in range(len(held))]
-    if (held.sum(axis=0) != 1).any() or any(
-        bank is None and row.any() for bank, row in zip(banks, held, strict=True)
-    ):
-        raise GGUFError(f"{file.path}: {bank_map.name} does not give each expert one bank.")
-    bits = [0.0 if bank is None else 8 * bank.nbytes / prod(bank.shape) for bank in banks]
-    return [bits[bank] for bank in held.argmax(axis=0)]
+def _bpw(tensor: GGUFTensor) -> float:
+    return 8 * tensor.nbytes / prod(tensor.shape)
 
 
 def _is_matrix(tensor: GGUFTensor) -> bool:

@@ -175,7 +175,7 @@ def ablation(rows: Sequence[Ablation], label: str) -> Plot:
         axes = _frame(width, 220, legend=0)
         positions = range(len(rows))
         axes.errorbar(
-            positions, [row.ppl for row in rows], [row.stderr for row in rows],
+            positions, [row.ppl or np.nan for row in rows], [row.stderr or 0 for row in rows],
             color=SERIES[0], marker="o", capsize=3,
         )  # fmt: skip
         names = [_short(row.name, 14 if width > NARROW else 8) for row in rows]

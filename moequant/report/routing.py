@@ -34,12 +34,12 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Perplexity with another number of experts (0: their branch is off)."""
+    """Perplexity with another number of experts (0: their branch is off); None: it overflowed."""
 
     name: str
     experts: int
-    ppl: float
-    stderr: float
+    ppl: float | None
+    stderr: float | None
     delta_nll: float
     delta_nll_stderr: float
 
@@ -97,5 +97,8 @@ def _ablation(row: Fields) -> Ablation:
     return Ablation(
         row.text("name"),
         row.count("experts"),
-        *(row.number(name) for name in ("ppl", "stderr", "delta_nll", "delta_nll_stderr")),
+        row.optional("ppl"),
+        row.optional("stderr"),
+        row.number("delta_nll"),
+        row.number("delta_nll_stderr"),
     )

@@ -18,6 +18,7 @@ from moequant.report.data import ReportData
 from moequant.report.evaluation import Measured, ModelFidelity
 from moequant.report.model_file import Grid, layer_of, without_bank
 from moequant.report.plots import Plot
+from moequant.report.routing import Ablation
 from moequant.tables.common import count, size
 
 OPEN_ROWS = 12  # a longer table is folded
@@ -89,7 +90,7 @@ def absent(data: ReportData) -> list[str]:
     evaluation = data.evaluation
     if evaluation is None:
         lines.append("Fidelity, KLD and errors by layer: moequant evaluate FILE.gguf --reference "
-                     "CHECKPOINT --json > evaluation.json, then moequant report FILE.gguf "
+                     "CHECKPOINT --save evaluation.json, then moequant report FILE.gguf "
                      "--evaluation evaluation.json.")  # fmt: skip
     else:
         if len(evaluation.models) == 1:
@@ -202,10 +203,13 @@ def worst(data: ReportData) -> Section | None:
     known = {tensor.name: tensor for tensor in model.tensors}
     rows = []
     for name in model.worst_tensors:
-        tensor = known.get(name)
-        rows.append([name, tensor.qtype if tensor else "", f"{tensor.nmse:.3g}" if tensor else ""])
+        tensor = known.get(name.partition(" ")[0])  # "… expert 3" may follow the name
+        nmse = None if tensor is None else tensor.nmse
+        rows.append([name, tensor.qtype if tensor else "", _maybe(nmse, ".3g")])
     layers = ", ".join(map(str, model.worst_layers))
-    text = f"Layers that add most of the error: {layers}." if layers else ""
+    text = f"Layers that add most of the error: {layers}. " if layers else ""
+    if rows:
+        text += "NMSE of a tensor: what it alone, quantized, puts into its layer's output."
     tables = [Table("Tensors", ["tensor", "type", "NMSE"], rows, words=2)] if rows else []
     return Section("What hurts most", text, tables=tables)
 
@@ -315,15 +319,19 @@ def ablation(data: ReportData) -> Section | None:
         return None
     made = data.routing.ablation
     label = "Perplexity by number of experts: " + ", ".join(
-        f"{row.name} {row.ppl:.4g}" for row in made
+        f"{row.name} {_ppl(row)}" for row in made
     )
     rows = [
-        [row.name, str(row.experts), f"{row.ppl:.4f} ± {row.stderr:.4f}",
+        [row.name, str(row.experts), _ppl(row),
          f"{row.delta_nll:+.4f} ± {row.delta_nll_stderr:.4f}"] for row in made
     ]  # fmt: skip
     head = ["", "experts", "PPL", "Δ NLL in nats per token"]
     return Section("Ablation", f"{label}. The checkpoint itself, not the file.",
                    [plots.ablation(made, label)], [Table("Ablation", head, rows)])  # fmt: skip
+
+
+def _ppl(row: Ablation) -> str:
+    return "overflowed" if row.ppl is None else f"{row.ppl:.4f} ± {row.stderr or 0:.4f}"
 
 
 def starved(data: ReportData) -> Section | None:

@@ -76,6 +76,8 @@ def write_model(
         "moequant.plan.fallbacks": [f"blk.{layer}.ffn_down_exps.weight Q4_K -> Q5_0: rows of 96"
                                     for layer in range(layers)],
     }  # fmt: skip
+    if banked:
+        keys |= {"qwen3moe.expert_bank_version": 1, "qwen3moe.expert_bank_count": 2}
     keys |= metadata or {}
     write_gguf(
         path, "qwen3moe", [entry(key, value) for key, value in keys.items()], tensors,
