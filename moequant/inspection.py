@@ -131,7 +131,9 @@ def _model_file(path: Path, file: GGUFFile) -> Inspection:
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str):
         architecture = "unknown"
-    rows = [(t.name, t.qtype, prod(t.shape), t.nbytes) for t in file.tensors.values()]
+    # a bank's map has bytes, but no parameters
+    rows = [(t.name, t.qtype, prod(t.shape) if t.qtype != "I32" else 0, t.nbytes)
+            for t in file.tensors.values()]  # fmt: skip
     counts = (
         _count(file, f"{architecture}.expert_count"),
         _count(file, f"{architecture}.expert_used_count"),

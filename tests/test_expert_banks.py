@@ -12,6 +12,7 @@ from moequant.checkpoint import open_checkpoint
 from moequant.errors import GGUFError
 from moequant.expert_banks import bank_name, is_bank_part, map_name, read_banks
 from moequant.gguf_file import read_gguf
+from moequant.inspection import inspect
 from moequant.pipeline import ExportOptions, export
 from tests.banked_files import I32, Q8_0, banked
 from tests.checkpoints import make_checkpoint
@@ -171,3 +172,11 @@ def test_the_map_is_i32_as_gguf_writes_it(whole: Path, tmp_path: Path) -> None:
     banked(whole, tmp_path / "banked.gguf")
     table = next(t for t in gguf.GGUFReader(tmp_path / "banked.gguf").tensors if t.name == MAP)
     assert table.tensor_type == I32 and table.shape.tolist() == [16, 2]
+
+
+def test_inspect_counts_the_same_parameters(whole: Path, tmp_path: Path) -> None:
+    """Banks of the same type are the same experts; only the maps are added to the bytes."""
+    banked(whole, tmp_path / "banked.gguf", (None, None))
+    ours, before = inspect(str(tmp_path / "banked.gguf")), inspect(str(whole))
+    assert ours.parameters == before.parameters
+    assert ours.nbytes == before.nbytes + 4 * (2 * 16 * 4)
