@@ -2,6 +2,7 @@
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -135,3 +136,33 @@ def test_int8_is_closer_than_nf4_in_the_forward() -> None:
 def test_unknown_kinds_are_refused() -> None:
     with pytest.raises(UsageError, match="fp4"):
         BaselineWeights(*described("qwen3-dense"), "fp4")
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_a_model_that_transformers_loads_in_it_is_the_same(kind: str, tmp_path: Path) -> None:
+    """A dense model: there transformers converts all that we do. Sizes and every value."""
+    import transformers
+
+    folder = make_checkpoint("qwen3-dense", tmp_path / "c", dtype=torch.bfloat16)
+    arguments: dict[str, Any] = {"load_in_8bit": True}
+    if kind == "nf4":
+        arguments = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=transformers.BitsAndBytesConfig(**arguments),
+        device_map={"": "cpu"}, dtype=torch.bfloat16,
+    )  # fmt: skip
+    checkpoint = open_checkpoint(folder)
+    weights = BaselineWeights(checkpoint, describe(checkpoint), kind)
+    total = 0
+    for name, parameter in model.named_parameters():
+        total += parameter.data.nbytes
+        if kind == "nf4" and name in weights.quantized:
+            total += parameter.quant_state.absmax.nbytes
+            values = bnb.functional.dequantize_4bit(parameter.data, parameter.quant_state)
+        elif name in weights.quantized:
+            total += parameter.SCB.nbytes
+            values = bnb.functional.int8_vectorwise_dequant(parameter.data, parameter.SCB)
+        else:
+            values = parameter.data
+        assert torch.equal(weights.read(name), values), name
+    assert weights.size_bytes == total
