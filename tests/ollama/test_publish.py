@@ -370,3 +370,42 @@ def test_export_ends_in_ollama(tmp_path: Path, server: Running, monkeypatch: Any
     assert made["stop"] == ["<|im_end|>"] and made["num_ctx"] == 2048
     again = CliRunner().invoke(main, [*arguments, "--ollama", "mine"])
     assert again.exit_code == 2 and "--force" in again.stderr
+
+
+def test_a_split_file_is_one_from_line_per_shard(tmp_path: Path, server: Running) -> None:
+    """Split by gguf's own writer; every shard is uploaded."""
+    base = tmp_path / "whole.gguf"
+    writer = gguf.GGUFWriter(base, "qwen3moe", split_max_tensors=1)
+    writer.add_type("model")
+    for name in ("token_embd.weight", "output_norm.weight"):
+        writer.add_tensor(name, np.ones((4, 32), np.float32))
+    writer.write_header_to_file(base)
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    shards = sorted(tmp_path.glob("whole-*.gguf"))
+    assert len(shards) == 2
+    result = run(shards[0], "m", "--host", server.host, "-o", tmp_path / "Modelfile", "--json")
+    assert result.exit_code == 0, result.output
+    sources = [value for word, value in parse((tmp_path / "Modelfile").read_text())
+               if word == "from"]  # fmt: skip
+    assert sources == [f"./{shard.name}" for shard in shards]
+    assert set(server.ollama.models["m"]["files"]) == {shard.name for shard in shards}
+    assert len(server.ollama.blobs) == 2 and server.ollama.faults == []
+    assert any("shards" in note for note in json.loads(result.stdout)["notes"])
+
+
+def test_ctrl_c_leaves_no_half_written_file(
+    tmp_path: Path, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the upload: exit code 130, and the Modelfile, which is whole, stands."""
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moequant.ollama.server._Transport._count", interrupted)
+    result = run(write_gguf(tmp_path / "m.gguf"), "m", "--host", server.host)
+    assert result.exit_code == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m.Modelfile", "m.gguf"]
+    parse((tmp_path / "m.Modelfile").read_text())
+    assert server.ollama.models == {}
