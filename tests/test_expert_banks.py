@@ -1,5 +1,6 @@
 """Expert banks: every expert is found where gguf-py wrote it, and damaged maps are named."""
 
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from moequant.expert_banks import bank_name, is_bank_part, map_name, read_banks
 from moequant.gguf_file import read_gguf
 from moequant.inspection import inspect
 from moequant.pipeline import ExportOptions, export
+from moequant.runtime.llama_cpp import LlamaCpp
 from tests.banked_files import I32, Q8_0, banked
-from tests.checkpoints import make_checkpoint
+from tests.checkpoints import TEXT, make_checkpoint
 from tests.gguf_files import rewrite
 
 STACK = "blk.1.ffn_down_exps.weight"
@@ -180,3 +182,16 @@ def test_inspect_counts_the_same_parameters(whole: Path, tmp_path: Path) -> None
     ours, before = inspect(str(tmp_path / "banked.gguf")), inspect(str(whole))
     assert ours.parameters == before.parameters
     assert ours.nbytes == before.nbytes + 4 * (2 * 16 * 4)
+
+
+@pytest.mark.llama_cpp
+def test_stock_llama_cpp_refuses_banks(llama_cpp: LlamaCpp, whole: Path, tmp_path: Path) -> None:
+    """Before it computes anything, and naming the tensor that it misses."""
+    banked(whole, tmp_path / "banked.gguf", (None, None))
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT, "utf-8")
+    command = [llama_cpp.tool("llama-perplexity"), "-m", tmp_path / "banked.gguf", "-f", text,
+               "-c", "64", "-b", "64", "-t", "1"]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert result.returncode != 0
+    assert "tensor 'blk.1.ffn_gate_exps.weight' not found" in result.stdout + result.stderr
