@@ -14,8 +14,10 @@ COMMAND = "moequant routing --json"
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """One layer's routing. `share` sums to 1 over the experts; entropy is in bits.
+    """One layer's routing. `share` sums to 1 over the experts, `entropy` of an even load is 1.
 
+    `specialisation`: bits that an expert tells about the text's domain; `by_chance`: the same for
+    shuffled domains.
     `branch_ratio`: RMS of the experts' branch over that of the dense branch it is added to, None
     where there is no such branch.
     """
@@ -28,6 +30,7 @@ class LayerRouting:
     dead: list[int]
     dominant: list[int]
     specialisation: float | None
+    by_chance: float | None
     cosine_max: float | None
     branch_ratio: float | None
 
@@ -88,6 +91,7 @@ def _layer(layer: Fields) -> LayerRouting:
         dead=layer.counts("dead"),
         dominant=layer.counts("dominant"),
         specialisation=layer.optional("specialisation_bits"),
+        by_chance=layer.optional("specialisation_chance_bits"),
         cosine_max=None if cosine is None else cosine.optional("max"),
         branch_ratio=None if branch is None else branch.optional("ratio"),
     )

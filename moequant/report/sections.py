@@ -296,18 +296,20 @@ def routing(data: ReportData) -> Section | None:
     """Load balance, confidence and specialisation by layer."""
     if data.routing is None or not data.routing.layers:
         return None
-    head = ["layer", "Gini", "entropy", "top-1 gate", "specialisation", "cosine", "branch",
+    head = ["layer", "Gini", "entropy", "p of top-1", "bits of domain",
+        "by chance", "cosine", "branch",
             "dead", "dominant"]  # fmt: skip
     rows = [
         [str(row.layer), f"{row.gini:.3f}", f"{row.entropy:.2f}", f"{row.top1:.3f}",
-         _maybe(row.specialisation, ".3f"), _maybe(row.cosine_max, ".3f"),
+         _maybe(row.specialisation, ".3f"), _maybe(row.by_chance, ".3f"), _maybe(row.cosine_max, ".3f"),
          _maybe(row.branch_ratio, ".2f"), _few(row.dead), _few(row.dominant)]
         for row in data.routing.layers
     ]  # fmt: skip
     text = (
         f"Measured on {_name(data.routing.checkpoint)}. Gini: 0 if every expert serves as many "
-        "tokens as any other. Entropy of the load, in bits. Top-1 gate: the mean of the largest. "
-        "Specialisation: bits that an expert tells about the text's domain. Cosine: the two "
+        "tokens as any other. Entropy of the load: 1 if it is even. p of top-1: the router's "
+        "probability for its first choice. Bits of domain: what an expert tells about a token's "
+        "text; by chance: the same with shuffled texts. Cosine: the weights of the two "
         "experts that are most alike. Branch: size of the experts' output over the dense one's."
     )
     return Section("Routing", text, tables=[Table("By layer", head, rows, words=0)])

@@ -23,6 +23,9 @@ def test_skipped_lines_and_the_closing_line_come_last(
         f"echo '{closing}'\necho 'make: *** something' >&2\nexit {code}\n"
     )
     make.chmod(0o755)
+    browser = tmp_path / "chromium"  # so that nothing is installed here
+    browser.write_text("#!/bin/sh\n")
+    browser.chmod(0o755)
     result = subprocess.run(
         [tmp_path / ".ci" / "run"],
         env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"},
