@@ -124,10 +124,15 @@ def _gemma_turn(message: Message) -> str:
 
 def _gemma4(render: Render) -> ChatTemplate | None:
     plain = _ending(render, _gemma_turn, "<|turn>model\n")
-    if plain is None or not _says_think(render):
+    if plain is None:
         return None
-    thinking = (render(PROBES[0], enable_thinking=True) or "").rpartition("<|turn>model\n")[2]
-    text = GEMMA4.replace("THINKING", thinking).replace("PLAIN", plain)
+    text = GEMMA4
+    asked = render(PROBES[0], enable_thinking=True) or ""
+    if _ending(render, _gemma_turn, "<|turn>model\n", enable_thinking=True) == plain:
+        text = text.replace("and .IsThinkSet .Think", "false")  # a template that knows no thinking
+    elif not _says_think(render):
+        return None
+    text = text.replace("THINKING", asked.rpartition("<|turn>model\n")[2]).replace("PLAIN", plain)
     return ChatTemplate("gemma4", text, "<turn|>", renderer="gemma4", parser="gemma4")
 
 

@@ -17,6 +17,7 @@ from moequant.runtime.llama_cpp import LlamaCpp
 
 GEMMA = ["google-gemma-4-31B-it.jinja", "google-gemma-4-31B-it-interleaved.jinja"]
 QWEN = ["Qwen-Qwen3-0.6B.jinja"]
+EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny-additive-moe" / "chat_template.jinja"
 # the older Gemma 4 form, which ends the prompt with the opening of the turn
 SMALL_GEMMA = """{{ bos_token }}{% if enable_thinking is defined and enable_thinking or
 messages[0]['role'] == 'system' %}{{ '<|turn>system\n' }}{% if enable_thinking is defined and
@@ -86,6 +87,8 @@ def jinja(template: str, messages: list[Any], **options: Any) -> str:
 def jinja_of(llama_cpp: LlamaCpp, name: str) -> str:
     if name == "small":
         return SMALL_GEMMA
+    if name == "example":
+        return EXAMPLE.read_text(encoding="utf-8")
     return (llama_cpp.source / "models" / "templates" / name).read_text(encoding="utf-8")
 
 
@@ -102,7 +105,7 @@ def plain_json(text: str) -> str:
 
 
 @pytest.mark.llama_cpp
-@pytest.mark.parametrize("name", [*GEMMA, "small", *QWEN])
+@pytest.mark.parametrize("name", [*GEMMA, "small", "example", *QWEN])
 @pytest.mark.parametrize("think", [None, False, True])
 def test_conversations_render_alike(
     llama_cpp: LlamaCpp, go: Path, name: str, think: bool | None
