@@ -28,9 +28,10 @@ def evaluation_tables(found: "Evaluation") -> list[RenderableType]:
     tables += [head, _rows(found.rows)]
     for row in found.rows[:1]:
         if row.layers:
-            tables.append(_layers(row))
+            tables += [Text("error by layer: NMSE of hidden states", style="bold"), _layers(row)]
         if row.worst_tensors:
-            tables.append(_worst(row))
+            heading = "tensors that hurt most: NMSE that one alone puts into its layer's output"
+            tables += [Text(heading, style="bold"), _worst(row)]
     return tables
 
 
@@ -73,8 +74,7 @@ def _rows(rows: "tuple[Row, ...]") -> Table:
 
 def _layers(row: "Row") -> Table:
     """One line per layer: error so far, its own, shared experts; the worst are marked."""
-    table = Table(box=None, header_style="bold", title=Text("error by layer (NMSE of hidden "
-                  "states)", style="bold"), title_justify="left")  # fmt: skip
+    table = Table(box=None, header_style="bold")
     for column in ("layer", "so far", "its own", "router overlap", ""):
         table.add_column(column, justify="right")
     worst = {layer.layer for layer in row.worst_layers}
@@ -88,9 +88,7 @@ def _layers(row: "Row") -> Table:
 
 def _worst(row: "Row") -> Table:
     stored = {tensor.name: tensor for tensor in row.tensors}
-    table = Table(box=None, header_style="bold", title=Text("tensors that hurt most (NMSE that one "
-                  "alone puts into its layer's output)", style="bold"),
-                  title_justify="left")  # fmt: skip
+    table = Table(box=None, header_style="bold")
     for column in ("tensor", "type", "NMSE"):
         table.add_column(column, justify="right" if column == "NMSE" else "left")
     for error in row.worst_tensors:
