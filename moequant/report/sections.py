@@ -302,7 +302,8 @@ def routing(data: ReportData) -> Section | None:
     rows = [
         [str(row.layer), f"{row.gini:.3f}", f"{row.entropy:.2f}", f"{row.top1:.3f}",
          _maybe(row.specialisation, ".3f"), _maybe(row.by_chance, ".3f"),
-         _maybe(row.cosine_max, ".3f"), _maybe(row.branch_ratio, ".2f"), _few(row.dead), _few(row.dominant)]
+         _maybe(row.cosine_max, ".3f"), _maybe(row.branch_ratio, ".2f"),
+         _few(row.dead), _few(row.dominant)]
         for row in data.routing.layers
     ]  # fmt: skip
     text = (
