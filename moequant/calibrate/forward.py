@@ -78,7 +78,7 @@ class StreamedModel:
         self.source = source
         self.device = torch.device(device)
         self.dtype = dtype or _checkpoint_dtype(source, spec)
-        self._model = _empty_model(spec)
+        self._model = empty_model(spec)
         self._base = getattr(self._model, self._model.base_model_prefix)
         self._layers = list(self._base.layers)
         self.names = WeightNames(self._model, source, spec.prefix)
@@ -292,7 +292,7 @@ def _checkpoint_dtype(source: WeightSource, spec: ModelSpec) -> torch.dtype:
     return next((dtype for dtype in dtypes if dtype in _FLOATING), torch.float32)
 
 
-def _empty_model(spec: ModelSpec) -> Any:
+def empty_model(spec: ModelSpec) -> Any:
     """The causal language model of `spec` on the meta device, experts observed by us."""
     from transformers import AutoConfig, AutoModelForCausalLM
 

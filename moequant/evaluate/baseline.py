@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from moequant.architectures import ModelSpec
-from moequant.calibrate.forward import _empty_model
+from moequant.calibrate.forward import empty_model
 from moequant.calibrate.weights import WeightNames
 from moequant.checkpoint import Checkpoint
 from moequant.errors import UsageError
@@ -114,7 +114,7 @@ def quantized_bytes(shape: Iterable[int], kind: str) -> int:
 
 def _converted(checkpoint: Checkpoint, spec: ModelSpec) -> set[str]:
     """The checkpoint's names of linear weights, without the output matrix, and of experts."""
-    model = _empty_model(spec)
+    model = empty_model(spec)
     head = model.get_output_embeddings()
     linear = {
         f"{path}.weight"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moequant.architectures import describe
-from moequant.calibrate.forward import _empty_model
+from moequant.calibrate.forward import empty_model
 from moequant.checkpoint import open_checkpoint
 from moequant.errors import UsageError
 from moequant.evaluate import perplexity
@@ -80,7 +80,7 @@ def test_linears_are_those_that_transformers_replaces(kind: str) -> None:
     from transformers.quantizers.base import HfQuantizer
 
     checkpoint, spec = described(kind)
-    model = copy.deepcopy(_empty_model(spec))
+    model = copy.deepcopy(empty_model(spec))
     skipped = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
     replace_with_bnb_linear(model, skipped, BitsAndBytesConfig(load_in_8bit=True))
     replaced = {
