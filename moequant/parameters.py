@@ -24,7 +24,7 @@ class Parameters:
 
 def is_expert(name: str) -> bool:
     """True for a GGUF tensor that holds routed experts (a shared expert, `_shexp`, is dense)."""
-    return "_exps." in name and not name.endswith(".bank_map")
+    return "_exps." in name
 
 
 def count_parameters(

@@ -24,7 +24,7 @@ from moequant.runtime.llama_cpp import LlamaCpp
 
 EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
 LEAST_TOKENS = 100  # the tool gives no statistics over fewer scored tokens
-ATTEMPTS = 5
+ATTEMPTS = 10
 LOG_TAIL = 12  # lines of a failed run that the error shows
 
 _NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?|-?nan|-?inf)"

@@ -9,7 +9,9 @@ from moequant.runtime.llama_cpp import LlamaCpp
 
 # float32 keys and values and no flash attention, so that only the weights differ from transformers
 EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
-ATTEMPTS = 5  # the tool's logger may be stopped before its last line, with exit code 0
+ATTEMPTS = (
+    12  # the tool's logger may be stopped before its last line, with exit code 0: under load often
+)
 
 
 def llama_perplexity(

@@ -1,7 +1,7 @@
 """What a report is made from, built by hand: GGUF files, evaluations, routings of any size.
 
 The numbers are made up but lie where real ones do; the shapes of the JSON are those that `moequant
-evaluate --json` and `moequant routing --json` print, which other tests check against the commands.
+evaluate --json` and `moequant routing --json` print, which `test_real` checks against the commands.
 """
 
 import math
