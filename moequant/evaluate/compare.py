@@ -26,7 +26,7 @@ from moequant.architectures import TensorSpec
 from moequant.calibrate.forward import Batch, Progress, StreamedModel
 from moequant.evaluate.divergence import Divergence, diverge
 from moequant.evaluate.models import MeasuredModel
-from moequant.evaluate.perplexity import Perplexity, first_scored
+from moequant.evaluate.perplexity import first_scored
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,6 @@ class Measurement:
     layers: list[LayerError] = field(default_factory=list)
     tensors: list[TensorError] = field(default_factory=list)
     divergence: Divergence | None = None
-
-    @property
-    def perplexity(self) -> Perplexity:
-        assert self.divergence is not None
-        return Perplexity(self.divergence.nll)
 
     def worst_layers(self, n: int = 3) -> list[LayerError]:
         """The layers that add most error of their own."""
@@ -277,5 +272,5 @@ def _score(
     normed = base.normed(scored)
     for number, (stream, measured) in enumerate(zip(streams, found, strict=True), start=1):
         pair = base.model.logits(normed), stream.model.logits(stream.normed(scored))
-        measured.divergence = diverge(*pair, targets)
+        measured.divergence = diverge(*pair, targets, len(windows))
         progress("logits", number, len(streams))

@@ -9,9 +9,9 @@ scored token, with P the reference and Q the model:
     KLD = Σ_v P(v) · (ln P(v) - ln Q(v))      Δp = Q(t) - P(t) of the token t that follows
     same top: argmax Q = argmax P             ln PPL(Q)/PPL(P) = mean of nll_Q - nll_P
 
-Errors are standard errors of the mean; that of the PPL ratio is the paired one. A percentile lies
-between two values in proportion. What differs: llama-perplexity stores P in 16 bits and leaves out
-tokens with ln P under -16; here both are exact, so that equal models have a KLD of 0.
+What differs: llama-perplexity stores P in 16 bits and leaves out tokens with ln P under -16; here
+both are exact, so that equal models have a KLD of 0. And errors are clustered by window, with
+llama-perplexity's beside them (`statistics`); that of the PPL ratio is the paired one.
 """
 
 import math
@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moequant.evaluate.statistics import Estimate, exponential, mean, percentile
+
 Logits = Iterable[tuple[int, int, Tensor]]
 """As `StreamedModel.logits` yields them: first position, first token id, (positions, ids)."""
 
@@ -29,18 +31,11 @@ _LEAST_KLD = 1e-8  # the histogram's lower end; what is below counts in the firs
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A figure and its standard error."""
-
-    value: float
-    stderr: float
-
-
-@dataclass(frozen=True)
 class Divergence:
     """Of each scored token, by window: `kld`, `nll`, `reference_nll` in nats and `delta_p`, float64
-    (tokens,), and `same_top`, bool (tokens,)."""
+    (tokens,), and `same_top`, bool (tokens,). `windows`: how many, all of one length."""
 
+    windows: int
     kld: Tensor
     nll: Tensor
     reference_nll: Tensor
@@ -52,32 +47,37 @@ class Divergence:
         return len(self.kld)
 
     @property
+    def perplexity(self) -> Estimate:
+        return exponential(mean(self.nll, self.windows))
+
+    @property
+    def reference_perplexity(self) -> Estimate:
+        return exponential(mean(self.reference_nll, self.windows))
+
+    @property
     def mean_kld(self) -> Estimate:
-        return mean(self.kld)
+        return mean(self.kld, self.windows)
 
     @property
     def ppl_ratio(self) -> Estimate:
         """PPL(Q)/PPL(P), with the paired error: the tokens are the same."""
-        difference = mean(self.nll - self.reference_nll)
-        ratio = math.exp(min(difference.value, 700.0))
-        return Estimate(ratio, ratio * difference.stderr)
+        return exponential(mean(self.nll - self.reference_nll, self.windows))
 
     @property
     def mean_delta_p(self) -> Estimate:
-        return mean(self.delta_p)
+        return mean(self.delta_p, self.windows)
 
     @property
     def rms_delta_p(self) -> Estimate:
         """sqrt of the mean of Δp²; its error to first order."""
-        squares = mean(self.delta_p.square())
+        squares = mean(self.delta_p.square(), self.windows)
         rms = math.sqrt(squares.value)
-        return Estimate(rms, 0.5 * squares.stderr / rms if rms else 0.0)
+        return squares.scaled(rms, 0.5 / rms if rms else 0.0)
 
     @property
     def agreement(self) -> Estimate:
         """Share of tokens with the same most likely token."""
-        share = float(self.same_top.double().mean())
-        return Estimate(share, math.sqrt(share * (1 - share) / max(1, self.tokens - 1)))
+        return mean(self.same_top.double(), self.windows)
 
     def kld_percentile(self, fraction: float) -> float:
         """The KLD that a `fraction` of the tokens stays under."""
@@ -93,26 +93,11 @@ class Divergence:
         return edges.tolist(), torch.bincount(bins, minlength=HISTOGRAM_BINS).tolist()
 
 
-def mean(values: Tensor) -> Estimate:
-    """Mean and its standard error, 0 for a single value; float64 (n,)."""
-    n = len(values)
-    spread = float(values.std(correction=0)) if n > 1 else 0.0
-    return Estimate(float(values.mean()), spread / math.sqrt(max(1, n - 1)))
-
-
-def percentile(values: Tensor, fraction: float) -> float:
-    """The value at `fraction` of the way from least to greatest, linear between neighbours."""
-    ordered = values.sort().values
-    place = fraction * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return float(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
-
-
 @torch.inference_mode()
-def diverge(reference: Logits, model: Logits, targets: Tensor) -> Divergence:
+def diverge(reference: Logits, model: Logits, targets: Tensor, windows: int = 1) -> Divergence:
     """Compare two models' logits for the same positions; `targets` are the tokens that follow.
 
+    The positions are those of `windows` windows of one length, in order.
     Both are read in step, one slice of each in memory. KLD = E_P[a - b] - (A - B) with a, b the
     logits and A, B the logarithms of the sums of their exponentials, all taken along the slices.
     """
@@ -129,6 +114,7 @@ def diverge(reference: Logits, model: Logits, targets: Tensor) -> Divergence:
         inside = ((a - after[:, None]).exp() * (a - b)).sum(-1)
         expected[here] = (expected[here].to(a.device) * share + inside).cpu()
     return Divergence(
+        windows=windows,
         kld=expected - (p.total - q.total),
         nll=q.nll,
         reference_nll=p.nll,

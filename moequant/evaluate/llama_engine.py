@@ -18,8 +18,8 @@ from pathlib import Path
 
 from moequant.calibrate.forward import Progress
 from moequant.errors import CalibrationError, LlamaCppError
-from moequant.evaluate.divergence import Estimate
 from moequant.evaluate.result import KLD
+from moequant.evaluate.statistics import Estimate
 from moequant.runtime.llama_cpp import LlamaCpp
 
 EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
@@ -141,7 +141,8 @@ def _value(output: str, label: str) -> float:
 
 def _estimate(output: str, label: str, unit: float = 1.0) -> Estimate:
     found = _match(output, rf"{label} +{_NUMBER} ± +{_NUMBER}")
-    return Estimate(unit * float(found[1]), unit * float(found[2]))
+    error = unit * float(found[2])  # the tool takes tokens as independent
+    return Estimate(unit * float(found[1]), error, error)
 
 
 def _match(output: str, pattern: str) -> re.Match[str]:

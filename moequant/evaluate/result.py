@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from moequant.evaluate.compare import LayerError, Measurement, TensorError
-from moequant.evaluate.divergence import Divergence, Estimate
-from moequant.evaluate.perplexity import Perplexity
+from moequant.evaluate.divergence import Divergence
+from moequant.evaluate.statistics import Estimate
 
 SHOWN_WORST = 3
 
@@ -81,11 +81,6 @@ def rows_of(measurements: Sequence[Measurement]) -> tuple[Row, ...]:
     return tuple(_row(measured) for measured in measurements)
 
 
-def estimate(perplexity: Perplexity) -> Estimate:
-    """PPL and its error."""
-    return Estimate(perplexity.ppl, perplexity.stderr)
-
-
 def _row(measured: Measurement) -> Row:
     found = measured.divergence
     assert found is not None
@@ -94,7 +89,7 @@ def _row(measured: Measurement) -> Row:
         name=model.name,
         nbytes=model.nbytes,
         bpw=model.bpw,
-        perplexity=estimate(Perplexity(found.nll)),
+        perplexity=found.perplexity,
         ppl_ratio=found.ppl_ratio,
         kld=_kld(found),
         top1=found.agreement,

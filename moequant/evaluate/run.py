@@ -15,12 +15,11 @@ from moequant.checkpoint import Checkpoint
 from moequant.errors import UsageError
 from moequant.evaluate.baseline import BaselineWeights
 from moequant.evaluate.compare import CompareOptions, compare
-from moequant.evaluate.divergence import Estimate
 from moequant.evaluate.gguf_tokenizer import check_vocabulary, metadata_differences
 from moequant.evaluate.llama_engine import LlamaOptions, llama_statistics
 from moequant.evaluate.models import MeasuredModel, check_same_model, open_file, open_reference
-from moequant.evaluate.perplexity import Perplexity
-from moequant.evaluate.result import Evaluation, Row, estimate, rows_of
+from moequant.evaluate.result import Evaluation, Row, rows_of
+from moequant.evaluate.statistics import Estimate
 from moequant.evaluate.text import TextOptions, documents_of, text_windows
 from moequant.expert_banks import read_banks
 from moequant.gguf_file import GGUFFile
@@ -70,8 +69,7 @@ def evaluate(
     found = compare(base, models, windows, options.compare, progress)
     divergence = found[0].divergence
     assert divergence is not None
-    expected = estimate(Perplexity(divergence.reference_nll))
-    return _evaluation(file, base, windows, options, expected, rows_of(found))
+    return _evaluation(file, base, windows, options, divergence.reference_perplexity, rows_of(found))
 
 
 def _check(options: EvaluateOptions) -> None:

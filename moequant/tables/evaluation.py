@@ -13,7 +13,7 @@ from rich.text import Text
 from moequant.tables.common import grid, size
 
 if TYPE_CHECKING:
-    from moequant.evaluate.divergence import Estimate
+    from moequant.evaluate.statistics import Estimate
     from moequant.evaluate.result import Evaluation, Row
 
 
