@@ -3,12 +3,8 @@
 Owns: the order of things, and which options go together. Leaves out: each of them.
 """
 
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-from torch import Tensor
 
 from moequant.calibrate.forward import Progress
 from moequant.checkpoint import Checkpoint
@@ -16,20 +12,14 @@ from moequant.errors import UsageError
 from moequant.evaluate.baseline import BaselineWeights
 from moequant.evaluate.compare import CompareOptions, compare
 from moequant.evaluate.gguf_tokenizer import check_vocabulary, metadata_differences
-from moequant.evaluate.llama_engine import LlamaOptions, llama_statistics
+from moequant.evaluate.llama_run import LlamaRun, Lossless, run_llama_cpp
 from moequant.evaluate.models import MeasuredModel, check_same_model, open_file, open_reference
 from moequant.evaluate.result import Evaluation, Row, rows_of
 from moequant.evaluate.statistics import Estimate
-from moequant.evaluate.text import TextOptions, documents_of, text_windows
-from moequant.expert_banks import read_banks
-from moequant.gguf_file import GGUFFile
-from moequant.runtime.llama_cpp import ensure_built
+from moequant.evaluate.text import TextOptions, text_windows
 
 OURS, LLAMA_CPP = "moequant", "llama.cpp"
 ENGINES = (OURS, LLAMA_CPP)
-
-Lossless = Callable[[Checkpoint, Path, Progress], None]
-"""Writes a checkpoint as a GGUF file without loss; what the llama.cpp engine is given."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +55,14 @@ def evaluate(
     models = [file, *(_baseline(base, kind) for kind in options.baselines)]
     windows = text_windows(base, options.text)
     if options.engine == LLAMA_CPP:
-        return _by_llama_cpp(path, file, base, windows, options, lossless, progress)
+        given = LlamaRun(options.text, options.threads, options.gpu_layers)
+        ran = run_llama_cpp(file, base, windows, given, lossless, progress)
+        return _evaluation(file, base, ran.windows, options, ran.reference, (ran.row,), ran.notes)
     found = compare(base, models, windows, options.compare, progress)
     divergence = found[0].divergence
     assert divergence is not None
-    return _evaluation(file, base, windows, options, divergence.reference_perplexity, rows_of(found))
+    expected = divergence.reference_perplexity
+    return _evaluation(file, base, len(windows), options, expected, rows_of(found))
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -107,60 +100,26 @@ def _baseline(base: MeasuredModel, kind: str) -> MeasuredModel:
     )
 
 
-def _by_llama_cpp(
-    path: Path,
-    file: MeasuredModel,
-    base: MeasuredModel,
-    windows: Tensor,
-    options: EvaluateOptions,
-    lossless: Lossless,
-    progress: Progress,
-) -> Evaluation:
-    if any(
-        read_banks(model.origin) for model in (file, base) if isinstance(model.origin, GGUFFile)
-    ):
-        raise UsageError(
-            f"--engine {LLAMA_CPP}: {path} or its reference keeps experts in banks, which stock "
-            f"llama.cpp does not run; use --engine {OURS}."
-        )
-    llama_cpp = ensure_built(("llama-perplexity",))
-    documents = documents_of(options.text)
-    if any(document.messages for document in documents):
-        raise UsageError(f"--engine {LLAMA_CPP} takes plain text only, no conversations.")
-    with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
-        text = Path(folder) / "text.txt"
-        text.write_text("".join(document.text for document in documents), "utf-8")
-        whole = Path(folder) / "reference.gguf"
-        if isinstance(base.origin, Checkpoint):
-            lossless(base.origin, whole, progress)
-        else:
-            whole = base.origin.path
-        given = LlamaOptions(len(windows), windows.shape[1], options.threads, options.gpu_layers)
-        found = llama_statistics(llama_cpp, whole, path, text, given, progress)
-    row = Row(file.name, file.nbytes, file.bpw, found.perplexity, found.ppl_ratio, found.kld,
-              found.top1, found.delta_p_mean, found.delta_p_rms)  # fmt: skip
-    return _evaluation(file, base, windows, options, found.reference_perplexity, (row,))
-
-
 def _evaluation(
     file: MeasuredModel,
     base: MeasuredModel,
-    windows: Tensor,
+    windows: int,
     options: EvaluateOptions,
     expected: Estimate,
     rows: tuple[Row, ...],
+    notes: tuple[str, ...] = (),
 ) -> Evaluation:
-    length = windows.shape[1]
+    length = options.text.length
     return Evaluation(
         file=str(file.origin.path),
         reference=base.name,
         engine=options.engine,
         text=options.text.name,
         chat=options.text.chat,
-        windows=len(windows),
+        windows=windows,
         length=length,
-        tokens_scored=len(windows) * (length - 1 - length // 2),
+        tokens_scored=windows * (length - 1 - length // 2),
         reference_perplexity=expected,
         rows=rows,
-        notes=tuple(metadata_differences(file.origin, base.origin)),
+        notes=(*metadata_differences(file.origin, base.origin), *notes),
     )
