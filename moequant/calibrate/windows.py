@@ -102,8 +102,8 @@ def _rendered(tokenizer: Any, document: Document) -> str:
         )
     except Exception as error:
         raise CalibrationError(
-            f"{document.origin}: the chat template does not render these messages: {error}; "
-            'a checkpoint without a chat template takes "text" only'
+            f"{document.origin}: the chat template does not render these messages: {error}. "
+            'A model without a chat template takes "text" only'
         ) from error
     return text
 

@@ -18,8 +18,7 @@ from moequant.commands.shared import (
     print_json,
     progress_bars,
 )
-
-BASELINES = ("nf4", "int8")
+from moequant.evaluation_options import BASELINES, ENGINES, OURS
 
 
 @click.command()
@@ -35,10 +34,11 @@ BASELINES = ("nf4", "int8")
               help="Format the text through the chat template: paragraphs become the turns of a "
               "user and an assistant. For instruction-tuned models.")  # fmt: skip
 @click.option("--tokens", type=click.IntRange(min=1), default=32768, show_default=True, metavar="N",
-              help="Use at most the first N tokens of the text.")  # fmt: skip
+              help="Use at most N tokens: of more text, windows spread evenly over it (by "
+              "llama.cpp: its beginning).")  # fmt: skip
 @click.option("--context", type=click.IntRange(min=3), default=512, show_default=True, metavar="N",
               help="Tokens per window; the second half of each is scored.")  # fmt: skip
-@click.option("--engine", type=click.Choice(["moequant", "llama.cpp"]), default="moequant",
+@click.option("--engine", type=click.Choice(ENGINES), default=OURS,
               show_default=True,
               help="llama.cpp: PPL and KLD by the pinned llama-perplexity (a reference checkpoint "
               "is first written as a GGUF file, in the temporary folder).")  # fmt: skip
@@ -85,14 +85,15 @@ def evaluate(
     options = _options(arguments)
     check_device(options.compare.device)
     if save is not None:
-        check_distinct([save], [file, Path(reference), *options.text.texts])
+        check_distinct([save], _inputs(file, Path(reference), options.text.texts))
         check_target(save, force=force)
     with progress_bars(quiet=as_json) as progress:
         found = measure(file, reference, options, write_lossless, progress)
     data = evaluation_json(found)
     if save is not None:
+        text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False)
         with replacing(save) as temporary:
-            temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+            temporary.write_text(text + "\n", "utf-8")
     if as_json:
         for note in found.notes:
             err.print(note, style="yellow", soft_wrap=True)
@@ -100,6 +101,16 @@ def evaluate(
         return
     for table in evaluation_tables(found):
         out.print(table)
+
+
+def _inputs(file: Path, reference: Path, texts: tuple[Path, ...]) -> list[Path]:
+    """Everything that is read; of a split model every file."""
+    from moequant.gguf_file import is_gguf, read_model
+
+    shards = [
+        shard for path in (file, reference) if is_gguf(path) for shard in read_model(path).shards
+    ]
+    return [file, reference, *shards, *texts]
 
 
 def _options(arguments: dict[str, Any]) -> Any:

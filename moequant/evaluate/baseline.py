@@ -34,8 +34,8 @@ from moequant.calibrate.forward import empty_model
 from moequant.calibrate.weights import WeightNames
 from moequant.checkpoint import Checkpoint
 from moequant.errors import UsageError
+from moequant.evaluation_options import BASELINES
 
-BASELINES = ("nf4", "int8")
 NF4_BLOCK = 64  # values
 ABSMAX_BYTES = 4  # a float32, per block (nf4) or per row (int8)
 

@@ -1,18 +1,9 @@
 """Two models streamed side by side over the same tokens: where does one part from the other?
 
 Owns: running reference and model layer by layer, each on its own hidden states, with one layer of
-each in memory; the error of each layer and tensor; the experts that both choose. Leaves out: what
-the models are (`models`), divergence of predictions (`divergence`), the forward (`forward`).
-
-Errors are NMSE of hidden states: |h' - h|² / |h|² of a token, averaged over tokens, so that the few
-tokens with huge activations (BOS) do not decide. Three of them:
-
-    hidden   after layer N, the model on its own hidden states: what has piled up so far
-    own      after layer N, the model's layer on the *reference's* hidden states: what it adds
-    tensor   the same, with this one tensor of the model in the reference's layer
-
-The last two are taken on a sample of windows. For the output matrix the tensor error is that of the
-logits, each token's less their mean, which softmax does not see.
+each in memory; the error that piles up, and the experts that both choose. Leaves out: what the
+models are (`models`), what each part adds (`probe`), divergence of predictions (`divergence`), the
+forward (`calibrate.forward`).
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,11 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from moequant.architectures import TensorSpec
-from moequant.calibrate.forward import Batch, Progress, StreamedModel
+from moequant.calibrate.forward import Progress, StreamedModel
 from moequant.evaluate.divergence import Divergence, diverge
 from moequant.evaluate.models import MeasuredModel
 from moequant.evaluate.perplexity import first_scored
+from moequant.evaluate.probe import LayerProbe, TensorError, TensorProbe, check_finite_states, nmse
 
 
 @dataclass(frozen=True)
@@ -39,18 +30,13 @@ class LayerError:
     router_overlap: float | None
 
 
-@dataclass(frozen=True)
-class TensorError:
-    """What one tensor of the model does to its layer's output; `layer` None outside layers."""
-
-    name: str
-    layer: int | None
-    nmse: float
-
-
 @dataclass
 class Measurement:
-    """One model held against the reference; `tensors` only where they were asked for."""
+    """One model held against the reference.
+
+    `tensors`: only of the first model, where they were asked for, and where both models are made of
+    the same tensors.
+    """
 
     model: MeasuredModel
     layers: list[LayerError] = field(default_factory=list)
@@ -62,8 +48,9 @@ class Measurement:
         return sorted(self.layers, key=lambda layer: -layer.own_nmse)[:n]
 
     def worst_tensors(self, n: int = 3) -> list[TensorError]:
-        """The tensors that add most error of their own."""
-        return sorted(self.tensors, key=lambda tensor: -tensor.nmse)[:n]
+        """The tensors that add most error of their own; none that adds no error at all."""
+        added = [tensor for tensor in self.tensors if tensor.nmse > 0]
+        return sorted(added, key=lambda tensor: -tensor.nmse)[:n]
 
 
 @dataclass(frozen=True)
@@ -86,44 +73,41 @@ def compare(
     """Hold each of `models` against `reference` on token ids `windows` (n, length).
 
     Tensor errors are taken for the first of `models` only. Raises UsageError for windows too short
-    to score anything, and what loading weights raises.
+    to score anything, CalibrationError where a model's numbers stop being finite, and what loading
+    weights raises.
     """
     first_scored(windows)  # raises for windows too short
     base = _Stream(reference, windows, options)
     streams = [_Stream(model, windows, options) for model in models]
-    sample = _sample(base.model, windows, options)
+    sample = windows[spread(len(windows), options.sample_tokens // windows.shape[1])]
+    probes = [LayerProbe(base.model, stream.model, sample) for stream in streams]
     found = [Measurement(model) for model in models]
+    tensors = TensorProbe(probes[0], sample) if options.sample_tokens else None
     embedded = nmse(streams[0].hidden, base.hidden)
-    found[0].tensors.append(TensorError("token_embd.weight", None, embedded))
     for bid in range(reference.spec.block_count):
         with base.model.layer(bid) as layer:
             chosen = base.advance(layer, bid)
-            expected = base.model.peek(layer, bid, sample)
-            for stream, measured in zip(streams, found, strict=True):
+            for stream, probe, measured in zip(streams, probes, found, strict=True):
                 with stream.model.layer(bid) as other:
-                    own = nmse([base.model.peek(other, bid, sample)], [expected])
-                    if measured is found[0] and options.sample_tokens:
-                        swap = _Swap(base, stream, layer, other, bid)
-                        measured.tensors += swap.errors(sample, expected)
+                    own = probe.own_error(layer, other, bid)
+                    if tensors is not None and probe is probes[0]:
+                        tensors.measure(layer, other, bid)
                     overlap = _overlap(chosen, stream.advance(other, bid))
                 hidden = nmse(stream.hidden, base.hidden)
                 measured.layers.append(LayerError(bid, hidden, own, overlap))
-            base.model.run_layer(layer, bid, sample)
+            for probe in probes:
+                probe.advance(layer, bid)
         progress("compare", bid + 1, reference.spec.block_count)
-    if options.sample_tokens:
-        found[0].tensors += _output_error(base.model, streams[0].model, sample)
+    if tensors is not None:
+        found[0].tensors += tensors.errors(embedded)
     _score(base, streams, found, windows, progress)
     return found
 
 
-def nmse(values: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Mean over tokens of |values - expected|² / |expected|²; lists of (..., columns)."""
-    parts = []
-    for found, wanted in zip(values, expected, strict=True):
-        size = wanted.double().square().sum(-1)
-        error = (found.double() - wanted.double()).square().sum(-1)
-        parts.append((error / size.clamp_min(torch.finfo(torch.float64).tiny)).flatten())
-    return float(torch.cat(parts).mean())
+def spread(windows: int, wanted: int) -> list[int]:
+    """At least one of `windows` numbers and at most `wanted`, evenly from first to last."""
+    n = min(windows, max(1, wanted))
+    return torch.linspace(0, windows - 1, n).round().long().tolist()
 
 
 class _Stream:
@@ -145,6 +129,7 @@ class _Stream:
         with _chosen_experts(self.model, layer, bid) as chosen:
             for batch in self.batches:
                 self.model.run_layer(layer, bid, batch)
+        check_finite_states(f"{self.name}, layer {bid}", self.hidden)
         return torch.cat(chosen) if chosen else None
 
     def normed(self, positions: slice) -> Tensor:
@@ -178,87 +163,6 @@ def _overlap(chosen: Tensor | None, other: Tensor | None) -> float | None:
     return float(shared.double().mean())
 
 
-def _sample(model: StreamedModel, windows: Tensor, options: CompareOptions) -> Batch:
-    """Windows spread over the text, `sample_tokens` of them or one window, as one batch."""
-    n = min(len(windows), max(1, options.sample_tokens // windows.shape[1]))
-    rows = torch.linspace(0, len(windows) - 1, n).round().long()
-    (batch,) = model.embed(windows[rows], n * windows.shape[1])
-    return batch
-
-
-class _Swap:
-    """The reference's layer with one of the model's tensors at a time."""
-
-    def __init__(
-        self, base: _Stream, stream: _Stream, layer: nn.Module, other: nn.Module, bid: int
-    ) -> None:
-        self.base, self.stream, self.bid = base, stream, bid
-        self.layer, self.other = layer, other
-        self.theirs = {t.name: t for t in stream.spec.tensors if t.bid == bid}
-        self.matrices = [t for t in base.spec.tensors if t.bid == bid and len(t.shape) > 1]
-
-    def errors(self, sample: Batch, expected: Tensor) -> Iterator[TensorError]:
-        """The error of each matrix; none where the two layers are not made of the same tensors."""
-        if any(t.name not in self.theirs for t in self.matrices):
-            return
-        for tensor in self.matrices:
-            with self._swapped(tensor) as used:
-                if used:
-                    made = self.base.model.peek(self.layer, self.bid, sample)
-                    yield TensorError(tensor.name, self.bid, nmse([made], [expected]))
-
-    @contextmanager
-    def _swapped(self, tensor: TensorSpec) -> Iterator[bool]:
-        """Whether the layer uses `tensor`; if so, it has the model's for as long as this lasts."""
-        model = self.base.model
-        parameter = model.names.parameter(tensor.sources[0])
-        if parameter is None:
-            yield False
-            return
-        place = self.layer.get_parameter(parameter.removeprefix(f"{model.layers_path}.{self.bid}."))
-        kept = place.data
-        place.data = self._mixed(tensor, parameter)
-        try:
-            yield True
-        finally:
-            place.data = kept
-
-    def _mixed(self, tensor: TensorSpec, parameter: str) -> Tensor:
-        """The parameter with what `tensor` contributes taken from the model."""
-        base, other = self.base.model, self.stream.model
-        if set(base.names.parts(parameter)) <= set(tensor.sources):
-            theirs = other.names.parameter(self.theirs[tensor.name].sources[0])
-            assert theirs is not None
-            return self.other.get_parameter(
-                theirs.removeprefix(f"{other.layers_path}.{self.bid}.")
-            ).data
-        names = dict(zip(tensor.sources, self.theirs[tensor.name].sources, strict=True))
-
-        def read(name: str) -> Tensor:
-            if name in names:
-                return other.source.read(names[name])
-            return base.source.read(name)
-
-        return base.names.assemble(parameter, base.dtype, base.device, read)[parameter]
-
-
-@torch.inference_mode()
-def _output_error(base: StreamedModel, other: StreamedModel, sample: Batch) -> list[TensorError]:
-    """The error that the output matrix alone puts into the logits."""
-    normed = base.final_norm(sample.hidden.flatten(0, 1)).cpu()
-    sums = torch.zeros(4, len(normed), dtype=torch.float64)  # Σa, Σa², Σe, Σe² with e = b - a
-    for (first, _, a32), (_, _, b32) in zip(base.logits(normed), other.logits(normed), strict=True):
-        a, e = a32.double(), b32.double() - a32.double()
-        rows = torch.stack([a.sum(-1), a.square().sum(-1), e.sum(-1), e.square().sum(-1)])
-        sums[:, first : first + len(a)] += rows.cpu()
-    n = base.spec.vocab_size
-    power = (sums[1] - sums[0].square() / n).clamp_min(torch.finfo(torch.float64).tiny)
-    error = (sums[3] - sums[2].square() / n).clamp_min(0.0)
-    tied = other.spec.tied_embeddings
-    name = "token_embd.weight (as output)" if tied else "output.weight"
-    return [TensorError(name, None, float((error / power).mean()))]
-
-
 def _score(
     base: _Stream,
     streams: Sequence[_Stream],
@@ -273,4 +177,5 @@ def _score(
     for number, (stream, measured) in enumerate(zip(streams, found, strict=True), start=1):
         pair = base.model.logits(normed), stream.model.logits(stream.normed(scored))
         measured.divergence = diverge(*pair, targets, len(windows))
+        check_finite_states(f"{stream.name} or {base.name}, logits", [measured.divergence.kld])
         progress("logits", number, len(streams))

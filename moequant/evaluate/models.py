@@ -78,8 +78,7 @@ def open_file(path: Path) -> MeasuredModel:
     not served.
     """
     if not is_gguf(path):
-        reason = "is not a GGUF file" if path.exists() else "no such file"
-        raise GGUFError(f"{path}: {reason}; name the GGUF file to measure.")
+        raise GGUFError(_why_no_model(path))
     file = read_model(path)
     spec = describe_gguf(file)
     return MeasuredModel(
@@ -91,6 +90,16 @@ def open_file(path: Path) -> MeasuredModel:
         qtypes=stored(file, spec),
         origin=file,
     )
+
+
+def _why_no_model(path: Path) -> str:
+    if not path.exists():
+        return f"{path}: no such file."
+    if path.is_dir():
+        return f"{path} is a folder; name a GGUF file. (A checkpoint can be the --reference.)"
+    if path.suffix in (".safetensors", ".json"):
+        return f"{path} is not a GGUF file; of a checkpoint, name the folder {path.parent}."
+    return f"{path} is not a GGUF file."
 
 
 def check_same_model(model: MeasuredModel, reference: MeasuredModel) -> None:

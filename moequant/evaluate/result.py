@@ -7,8 +7,9 @@ Owns: these records, and making them from a comparison of ours. Leaves out: meas
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from moequant.evaluate.compare import LayerError, Measurement, TensorError
+from moequant.evaluate.compare import LayerError, Measurement
 from moequant.evaluate.divergence import Divergence
+from moequant.evaluate.probe import TensorError
 from moequant.evaluate.statistics import Estimate
 
 SHOWN_WORST = 3

@@ -10,16 +10,14 @@ from moequant.calibrate.forward import Progress
 from moequant.checkpoint import Checkpoint
 from moequant.errors import UsageError
 from moequant.evaluate.baseline import BaselineWeights
-from moequant.evaluate.compare import CompareOptions, compare
+from moequant.evaluate.compare import CompareOptions, Measurement, compare
 from moequant.evaluate.gguf_tokenizer import check_vocabulary, metadata_differences
 from moequant.evaluate.llama_run import LlamaRun, Lossless, run_llama_cpp
 from moequant.evaluate.models import MeasuredModel, check_same_model, open_file, open_reference
 from moequant.evaluate.result import Evaluation, Row, rows_of
 from moequant.evaluate.statistics import Estimate
 from moequant.evaluate.text import TextOptions, text_windows
-
-OURS, LLAMA_CPP = "moequant", "llama.cpp"
-ENGINES = (OURS, LLAMA_CPP)
+from moequant.evaluation_options import LLAMA_CPP, OURS
 
 
 @dataclass(frozen=True)
@@ -52,8 +50,9 @@ def evaluate(
     file = open_file(path)
     check_same_model(file, base)
     check_vocabulary(file.origin, base.origin)
-    models = [file, *(_baseline(base, kind) for kind in options.baselines)]
-    windows = text_windows(base, options.text)
+    _check_context(options.text.length, base)
+    models = [file, *(_baseline(base, kind) for kind in dict.fromkeys(options.baselines))]
+    windows = text_windows(base, options.text, from_start=options.engine == LLAMA_CPP)
     if options.engine == LLAMA_CPP:
         given = LlamaRun(options.text, options.threads, options.gpu_layers)
         ran = run_llama_cpp(file, base, windows, given, lossless, progress)
@@ -62,7 +61,8 @@ def evaluate(
     divergence = found[0].divergence
     assert divergence is not None
     expected = divergence.reference_perplexity
-    return _evaluation(file, base, len(windows), options, expected, rows_of(found))
+    notes = _unmeasured(found[0], options)
+    return _evaluation(file, base, len(windows), options, expected, rows_of(found), notes)
 
 
 def _check(options: EvaluateOptions) -> None:
@@ -79,6 +79,24 @@ def _check(options: EvaluateOptions) -> None:
             f"--chat needs the engine {OURS}: llama-perplexity does not read special tokens in "
             "its text."
         )
+
+
+def _check_context(length: int, base: MeasuredModel) -> None:
+    if length > base.spec.context_length:
+        raise UsageError(
+            f"--context {length}: {base.name} was made for {base.spec.context_length} tokens at "
+            "most; use no more."
+        )
+
+
+def _unmeasured(measured: Measurement, options: EvaluateOptions) -> tuple[str, ...]:
+    """A note where tensor errors were asked for and could not be measured."""
+    if measured.tensors or not options.compare.sample_tokens:
+        return ()
+    return (
+        "errors of single tensors were not measured: file and reference are not made of the same "
+        "tensors",
+    )
 
 
 def _baseline(base: MeasuredModel, kind: str) -> MeasuredModel:

@@ -3,9 +3,9 @@
 Owns: the mean, its two errors, percentiles. Leaves out: what is averaged.
 
 Tokens of one window share a subject and a writer: their errors are not independent. Counting each
-as a sample of its own, as llama-perplexity does, gives errors 2 to 7 times too small on the built-in
-text. The error here is clustered: that of the mean over windows, which are the samples. The error
-by tokens is kept beside it, to be compared with llama-perplexity's.
+as a sample of its own, as llama-perplexity does, gives errors 2 to 7 times too small on the
+built-in text. The error here is clustered: that of the mean over windows, which are the samples.
+The error by tokens is kept beside it, to be compared with llama-perplexity's.
 
 Source: standard error of a mean with clusters of equal size (Liang and Zeger 1986, with the factor
 W/(W-1)).
@@ -26,7 +26,7 @@ class Estimate:
     token_stderr: float
 
     def scaled(self, value: float, factor: float) -> "Estimate":
-        """`value`, with both errors times `factor`: of a function of this figure, to first order."""
+        """`value` with both errors times `factor`: of a function of this figure, first order."""
         return Estimate(value, factor * self.stderr, factor * self.token_stderr)
 
 
@@ -44,7 +44,7 @@ def mean(values: Tensor, windows: int) -> Estimate:
 
 
 def exponential(mean_nll: Estimate) -> Estimate:
-    """exp of an estimate, as PPL is of the mean negative log likelihood; infinite if it overflows."""
+    """exp of an estimate, as PPL is of the mean negative log likelihood; at most infinite."""
     value = math.exp(mean_nll.value) if mean_nll.value < 700 else math.inf
     return mean_nll.scaled(value, value)
 

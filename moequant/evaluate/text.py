@@ -3,14 +3,16 @@
 Owns: the default text, `--chat`, and how many windows are taken. Leaves out: reading text, and
 tokenizing and cutting it (`calibrate.text`, `calibrate.windows`).
 
-Windows are llama-perplexity's: the text as one stream, cut from its beginning. Its own text, six
-kinds of writing in `corpus/`, shares nothing with the text that calibration uses by default.
+Windows are llama-perplexity's: the text as one stream, cut from its beginning. Of more text than
+is wanted, windows are taken evenly from all of it. The default text, six kinds of writing in
+`corpus/`, shares nothing with the text that calibration uses by default.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from moequant.architectures import ModelSpec
@@ -54,8 +56,10 @@ def documents_of(options: TextOptions) -> tuple[Document, ...]:
     return joined + spoken
 
 
-def text_windows(model: MeasuredModel, options: TextOptions) -> Tensor:
+def text_windows(model: MeasuredModel, options: TextOptions, *, from_start: bool = False) -> Tensor:
     """Windows (n, length) of token ids, by the model's own tokenizer.
+
+    `from_start`: of more text than wanted the beginning, as llama-perplexity takes it.
 
     Raises:
         CalibrationError: text that is unreadable or shorter than one window, or ids outside the
@@ -66,7 +70,11 @@ def text_windows(model: MeasuredModel, options: TextOptions) -> Tensor:
     tokenizer = model.tokenizer()
     if options.chat and not getattr(tokenizer, "chat_template", None):
         raise UsageError(f"--chat: {model.name} has no chat template; leave --chat out.")
-    return _cut(tokenizer, documents_of(options), model.spec, options)
+    windows = _cut(tokenizer, documents_of(options), model.spec, options)
+    wanted = max(1, options.tokens // options.length)
+    if from_start or wanted >= len(windows):
+        return windows[:wanted]
+    return windows[torch.linspace(0, len(windows) - 1, wanted).round().long()]
 
 
 def _cut(
@@ -79,7 +87,6 @@ def _cut(
             "text, or a smaller --context."
         )
     windows = cut_windows(stream, options.length, leading_token(tokenizer, spec))
-    windows = windows[: max(1, options.tokens // options.length)]
     check_ids(windows, spec)
     return windows
 

@@ -13,8 +13,8 @@ from rich.text import Text
 from moequant.tables.common import grid, size
 
 if TYPE_CHECKING:
-    from moequant.evaluate.statistics import Estimate
     from moequant.evaluate.result import Evaluation, Row
+    from moequant.evaluate.statistics import Estimate
 
 
 def evaluation_tables(found: "Evaluation") -> list[RenderableType]:
@@ -30,7 +30,7 @@ def evaluation_tables(found: "Evaluation") -> list[RenderableType]:
         if row.layers:
             tables += [Text("error by layer: NMSE of hidden states", style="bold"), _layers(row)]
         if row.worst_tensors:
-            heading = "tensors that hurt most: NMSE that one alone puts into its layer's output"
+            heading = "tensors that hurt most: NMSE that each alone puts into its layer's output"
             tables += [Text(heading, style="bold"), _worst(row)]
     return tables
 
@@ -44,7 +44,7 @@ def evaluation_json(found: "Evaluation") -> dict[str, Any]:
         "text": {"name": found.text, "chat": found.chat, "windows": found.windows,
                  "length": found.length, "tokens_scored": found.tokens_scored},
         "notes": list(found.notes),
-        "reference_perplexity": _ppl(found.reference_perplexity),
+        "reference_perplexity": _named("ppl", found.reference_perplexity),
         "models": [_row_json(row) for row in found.rows],
     }  # fmt: skip
 
@@ -100,16 +100,16 @@ def _worst(row: "Row") -> Table:
 def _row_json(row: "Row") -> dict[str, Any]:
     edges, counts = row.kld_histogram or ([], [])
     kld = asdict(row.kld)
-    kld |= {"mean": row.kld.mean.value, "stderr": row.kld.mean.stderr}
+    kld |= _named("mean", row.kld.mean)
     return {
         "name": row.name,
         "bytes": row.nbytes,
         "bpw": row.bpw,
-        "perplexity": _ppl(row.perplexity),
+        "perplexity": _named("ppl", row.perplexity),
         "ppl_ratio": asdict(row.ppl_ratio),
         "kld": kld,
         "kld_histogram": {"edges": edges, "counts": counts} if counts else None,
-        "top1": {"share": row.top1.value, "stderr": row.top1.stderr},
+        "top1": _named("share", row.top1),
         "delta_p": {"mean": row.delta_p_mean.value, "rms": row.delta_p_rms.value,
                     "rms_stderr": row.delta_p_rms.stderr},
         "layers": [asdict(layer) for layer in row.layers],
@@ -119,8 +119,9 @@ def _row_json(row: "Row") -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _ppl(value: "Estimate") -> dict[str, float]:
-    return {"ppl": value.value, "stderr": value.stderr}
+def _named(name: str, estimate: "Estimate") -> dict[str, float]:
+    """An estimate under the name its figure goes by, with both errors."""
+    return {name: estimate.value, "stderr": estimate.stderr, "token_stderr": estimate.token_stderr}
 
 
 def _pm(value: "Estimate", digits: int = 4, unit: float = 1.0, sign: str = "") -> str:
