@@ -95,7 +95,7 @@ def _files(source: Path) -> list[Path]:
     if source.is_file():
         return [source]
     if not source.is_dir():
-        raise CalibrationError(f"{source}: no such text file or folder")
+        raise CalibrationError(f"{source}: no such file or folder to read text from")
     found = [f for f in source.rglob("*") if f.suffix.lower() in TEXT_SUFFIXES and f.is_file()]
     if not found:
         raise CalibrationError(f"{source}: no {', '.join(TEXT_SUFFIXES)} files in this folder")

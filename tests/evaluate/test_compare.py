@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moequant.checkpoint import open_checkpoint
-from moequant.errors import UsageError
+from moequant.errors import CalibrationError, UsageError
 from moequant.evaluate.compare import CompareOptions, Measurement, compare
 from moequant.evaluate.models import MeasuredModel, of_checkpoint
 from tests.calibrate.models import folder, reference, windows
@@ -154,6 +154,81 @@ def _run(kind: str, path: Path) -> dict[int, Tensor]:
     return outputs
 
 
+def with_noise(kind: str, path: Path, name: str) -> Path:
+    """The checkpoint of a kind with half its own size of noise on the tensor `name`."""
+    shutil.copytree(folder(kind), path)
+    for shard in sorted(path.glob("*.safetensors")):
+        tensors = load_file(shard)
+        if name in tensors:
+            noise = torch.randn(tensors[name].shape, generator=torch.Generator().manual_seed(3))
+            tensors[name] = tensors[name] + 0.5 * noise * tensors[name].std()
+            save_file(tensors, shard, metadata={"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("gemma4-ple", "per_layer_token_embd.weight"),
+        ("gemma4-ple", "per_layer_model_proj.weight"),
+        ("gemma4-ple", "blk.2.inp_gate.weight"),
+        ("gemma4-additive-some-layers", "blk.1.ffn_gate_inp.weight"),
+        ("gemma4-additive-some-layers", "token_embd.weight"),
+        ("qwen3-moe", "blk.3.ffn_up_exps.weight"),
+        ("qwen3-moe", "output.weight"),
+    ],
+)
+def test_the_tensor_that_was_damaged_is_the_worst(kind: str, name: str, tmp_path: Path) -> None:
+    base, _ = models(kind)
+    (tensor,) = [t for t in base.spec.tensors if t.name == name]
+    other = with_noise(kind, tmp_path / "noisy", tensor.sources[0])
+    (found,) = compare(base, [of_checkpoint(open_checkpoint(other))], windows(), CompareOptions())
+    assert found.divergence is not None and found.divergence.mean_kld.value > 1e-6
+    worst = found.worst_tensors(3)
+    assert worst[0].name == name
+    rest = {error.name.partition(" ")[0] for error in worst[1:]}
+    assert rest <= {name}  # as embeddings and, tied, as output; nothing without an error
+
+
+def test_the_error_of_per_layer_embeddings_is_that_of_an_ordinary_model(tmp_path: Path) -> None:
+    """In layer 0, whose input is the reference's whatever the per-layer embeddings are."""
+    kind = "gemma4-ple"
+    base, _ = models(kind)
+    (tensor,) = [t for t in base.spec.tensors if t.name == "per_layer_token_embd.weight"]
+    path = with_noise(kind, tmp_path / "noisy", tensor.sources[0])
+    (found,) = compare(
+        base, [of_checkpoint(open_checkpoint(path))], windows(), CompareOptions(sample_tokens=10**6)
+    )
+    expected = relative(_run(kind, path)[0], ordinary(kind, False)[0][0])
+    assert expected > 1e-6
+    assert found.layers[0].own_nmse == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["qwen3-moe", "gemma4-additive-some-layers"])
+def test_the_errors_of_embeddings_and_output_are_those_of_ordinary_models(kind: str) -> None:
+    """Logits of the reference's last hidden states with the other's output matrix, centred."""
+    plain, noisy = reference(kind), reference(kind, noisy_folder(kind))
+    with torch.no_grad():
+        tables = [model.get_input_embeddings()(windows()) for model in (plain, noisy)]
+        expected = plain(input_ids=windows(), use_cache=False).logits.double()
+        plain.lm_head.weight = noisy.lm_head.weight  # the embeddings stay
+        swapped = plain.lm_head(_last_hidden(kind)).double()
+        cap = getattr(plain.config, "final_logit_softcapping", None)
+        swapped = cap * (swapped / cap).tanh() if cap else swapped
+    errors = {error.name: error.nmse for error in measured(kind).tensors}
+    assert errors["token_embd.weight"] == pytest.approx(relative(tables[1], tables[0]), rel=1e-3)
+    name = "output.weight" if "output.weight" in errors else "token_embd.weight (as output)"
+    centred = [logits - logits.mean(-1, keepdim=True) for logits in (swapped, expected)]
+    assert errors[name] == pytest.approx(relative(*centred), rel=1e-3)
+
+
+def _last_hidden(kind: str) -> Tensor:
+    """What the output matrix of the reference is given."""
+    with torch.no_grad():
+        states: Tensor = reference(kind).model(input_ids=windows(), use_cache=False)[0]
+    return states
+
+
 def test_a_model_does_not_differ_from_itself() -> None:
     base, _ = models("gemma4-additive-some-layers")
     (found,) = compare(base, [base], windows(), CompareOptions())
@@ -176,6 +251,18 @@ def test_the_worst_come_first() -> None:
     by_error = sorted(found.tensors, key=lambda t: t.nmse, reverse=True)
     assert found.worst_tensors(3) == by_error[:3]
     assert found.worst_layers(1)[0].own_nmse == max(layer.own_nmse for layer in found.layers)
+
+
+def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None:
+    kind = "qwen3-moe"
+    base, _ = models(kind)
+    shutil.copytree(folder(kind), tmp_path / "huge")
+    for shard in sorted((tmp_path / "huge").glob("*.safetensors")):
+        tensors = {n: t * 1e37 if "down_proj" in n else t for n, t in load_file(shard).items()}
+        save_file(tensors, shard, metadata={"format": "pt"})
+    other = of_checkpoint(open_checkpoint(tmp_path / "huge"))
+    with pytest.raises(CalibrationError, match=r"huge, layer \d: \d+ values are not finite"):
+        compare(base, [other], windows(), CompareOptions())
 
 
 def test_windows_too_short_to_score_are_refused() -> None:

@@ -13,10 +13,13 @@ from gguf import GGMLQuantizationType
 
 from moequant.checkpoint import open_checkpoint
 from moequant.cli import main
+from moequant.gguf_file import read_model
 from moequant.pipeline import ExportOptions, export
 from moequant.runtime.llama_cpp import LlamaCpp
 from tests.checkpoints import make_checkpoint
 from tests.gguf_files import rewrite, split
+from tests.halved_files import halved
+from tests.oracles.perplexity_tool import llama_perplexity
 
 FEW = ("--tokens", "1024", "--sample-tokens", "512")
 LAYERS, KEYS = 6, {"file", "reference", "engine", "text", "notes", "reference_perplexity", "models"}
@@ -92,9 +95,11 @@ def test_the_json_is_whole_and_can_be_kept(
 @pytest.mark.llama_cpp
 @pytest.mark.parametrize("preset", ["Q2_K", "Q4_K_M"])
 def test_both_engines_agree(
-    preset: str, files: Path, tiny_model: Path, held_out: tuple[object, ...], llama_cpp: LlamaCpp
+    preset: str, files: Path, tiny_model: Path, llama_cpp: LlamaCpp, tmp_path: Path
 ) -> None:
-    arguments = (files / f"{preset}.gguf", "--reference", tiny_model, *held_out, "--tokens", "8192")
+    text = tmp_path / "text.txt"  # of more than is wanted, the engines take other windows
+    text.write_text((tiny_model / "held-out.txt").read_text("utf-8")[:24000], "utf-8")
+    arguments = (files / f"{preset}.gguf", "--reference", tiny_model, "--text", text)
     ours = measured(*arguments, "--sample-tokens", "0")
     theirs = measured(*arguments, "--engine", "llama.cpp", "--threads", "1")
     assert theirs["engine"] == "llama.cpp"
@@ -102,16 +107,17 @@ def test_both_engines_agree(
     for key in ("reference_perplexity", "perplexity"):
         here, there = ((found if "ref" in key else found["models"][0]) for found in (ours, theirs))
         assert here[key]["ppl"] == pytest.approx(there[key]["ppl"], rel=5e-3)
-        assert here[key]["stderr"] == pytest.approx(there[key]["stderr"], rel=2e-2)
+        assert here[key]["token_stderr"] == pytest.approx(there[key]["stderr"], rel=2e-2)
     a, b = ours["models"][0], theirs["models"][0]
     assert a["kld"]["mean"] == pytest.approx(b["kld"]["mean"], rel=0.05, abs=1e-4)
-    assert a["kld"]["stderr"] == pytest.approx(b["kld"]["stderr"], rel=0.15)
+    assert a["kld"]["token_stderr"] == pytest.approx(b["kld"]["stderr"], rel=0.15)
+    assert a["kld"]["stderr"] > a["kld"]["token_stderr"]
     assert a["kld"]["median"] == pytest.approx(b["kld"]["median"], rel=0.1)
     assert a["kld"]["p99"] == pytest.approx(b["kld"]["p99"], rel=0.15)
     assert a["top1"]["share"] == pytest.approx(b["top1"]["share"], abs=0.01)
     assert a["delta_p"]["rms"] == pytest.approx(b["delta_p"]["rms"], rel=0.1)
     assert a["ppl_ratio"]["value"] == pytest.approx(b["ppl_ratio"]["value"], rel=5e-3)
-    assert a["ppl_ratio"]["stderr"] == pytest.approx(b["ppl_ratio"]["stderr"], rel=0.1)
+    assert a["ppl_ratio"]["token_stderr"] == pytest.approx(b["ppl_ratio"]["stderr"], rel=0.1)
     assert (b["layers"], b["worst_tensors"]) == ([], [])
 
 
@@ -196,14 +202,105 @@ def test_a_banked_file(
     assert "banks" in said
 
 
+@pytest.mark.llama_cpp
+def test_separate_gate_and_up_experts(
+    files: Path, tiny_model: Path, held_out: tuple[object, ...], llama_cpp: LlamaCpp, tmp_path: Path
+) -> None:
+    """What llama.cpp takes for the fused file is that here, too, as file and as reference."""
+    fused, apart = files / "Q4_K_M.gguf", tmp_path / "apart.gguf"
+    halved(fused, apart)
+    text = Path(str(held_out[1]))
+    here, there = (llama_perplexity(llama_cpp, p, text, "--chunks", "2") for p in (apart, fused))
+    assert here == there
+    arguments = (*held_out, *FEW, "--reference")
+    (row,) = measured(apart, *arguments, fused)["models"]
+    assert row["kld"]["max"] < 1e-9
+    assert len(row["tensors"]) == len(gguf.GGUFReader(fused).tensors)
+    assert {t["nmse"] for t in row["tensors"] if t["nmse"] is not None} == {0.0}
+    types = {tensor["name"]: tensor["qtype"] for tensor in row["tensors"]}
+    assert types["blk.1.ffn_gate_up_exps.weight"] == "Q4_K"
+
+    halved(fused, tmp_path / "worse.gguf", (None, GGMLQuantizationType.Q4_0))
+    (row,) = measured(tmp_path / "worse.gguf", *arguments, apart)["models"]
+    found = {tensor["name"]: tensor for tensor in row["tensors"]}
+    assert found["blk.1.ffn_gate_up_exps.weight"]["qtype"] == "Q4_K+Q4_0"
+    changed = {name for name, tensor in found.items() if tensor["nmse"]}
+    assert changed == {f"blk.{bid}.ffn_gate_up_exps.weight" for bid in range(LAYERS)}
+    assert row["bytes"] == sum(tensor["nbytes"] for tensor in row["tensors"])
+
+
+NAN = {
+    "a scale in a block": ("blk.2.attn_output.weight", "Q4_K", 144 * 5, "<f2", "256 NaN"),
+    "the minimum of a block": ("token_embd.weight", "Q6_K", 208, "<f2", "256 NaN"),
+    "a norm": ("blk.3.attn_norm.weight", "F32", 4 * 7, "<f4", "1 NaN among 256 values"),
+    "the last norm": ("output_norm.weight", "F32", 4 * 255, "<f4", "1 NaN among 256 values"),
+    "a block of an expert": ("blk.1.ffn_gate_up_exps.weight", "Q4_K", 0, "<f2", "256 NaN"),
+}
+
+
+@pytest.mark.parametrize("place", NAN)
+def test_a_nan_in_a_file_is_the_file_s(
+    place: str, files: Path, tiny_model: Path, held_out: tuple[object, ...], tmp_path: Path
+) -> None:
+    """File and tensor are named as they are, with what can be done about a GGUF file."""
+    name, qtype, offset, kind, counts = NAN[place]
+    first = split(files / "Q4_K_M.gguf", tmp_path / "shards", 40)
+    tensor = read_model(first).tensors[name]
+    assert tensor.qtype == qtype
+    with tensor.path.open("r+b") as shard:
+        shard.seek(tensor.start + offset)
+        shard.write(np.array([np.nan], kind).tobytes())
+    for arguments in ((first, "--reference", tiny_model),
+                      (files / "F32.gguf", "--reference", first)):  # fmt: skip
+        said = refused(*arguments, *held_out, *FEW)
+        assert f"{tensor.path.name}: {name} ({qtype}) has {counts}" in said
+        assert "damaged: make it again, or download it again" in said
+        assert "checkpoint" not in said
+
+
 def test_the_dense_part_against_the_whole(tiny_model: Path, tmp_path: Path) -> None:
     made = tmp_path / "dense.gguf"
     arguments = ["export", tiny_model, "-o", made, "--quant", "F32", "--without-experts"]
     result = CliRunner().invoke(main, list(map(str, arguments)))
     assert result.exit_code == 0, result.output
-    (row,) = measured(made, "--reference", tiny_model, *FEW)["models"]
+    found = measured(made, "--reference", tiny_model, *FEW)
+    (row,) = found["models"]
+    assert any("not made of the same tensors" in note for note in found["notes"])
+    assert row["worst_tensors"] == []
     assert {layer["router_overlap"] for layer in row["layers"]} == {None}
     assert row["kld"]["mean"] > 0.05
+
+
+def test_windows_are_spread_over_all_of_the_text(
+    files: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """Two windows of two texts: one of each, so neither text alone gives the same."""
+    held_out = (tiny_model / "held-out.txt").read_text("utf-8")
+    parts = [tmp_path / "a.txt", tmp_path / "b.txt"]
+    for number, part in enumerate(parts):
+        part.write_text(held_out[4000 * number : 4000 * (number + 1)], "utf-8")
+    common = (files / "Q8_0.gguf", "--reference", tiny_model, "--tokens", 1024,
+              "--sample-tokens", 0)  # fmt: skip
+    both = measured(*common, "--text", parts[0], "--text", parts[1])
+    first = measured(*common, "--text", parts[0])
+    assert both["text"]["windows"] == 2
+    assert both["reference_perplexity"]["ppl"] != pytest.approx(
+        first["reference_perplexity"]["ppl"]
+    )
+
+
+def test_what_is_read_is_never_written_over(files: Path, tiny_model: Path, tmp_path: Path) -> None:
+    first = split(files / "Q8_0.gguf", tmp_path / "shards", 40)
+    second = sorted(first.parent.iterdir())[1]
+    before = second.read_bytes()
+    said = refused(first, "--reference", tiny_model, "--save", second, "--force")
+    assert "belongs to what is read" in said
+    assert second.read_bytes() == before
+
+
+def test_a_context_beyond_the_model_s_is_refused(files: Path, tiny_model: Path) -> None:
+    said = refused(files / "Q8_0.gguf", "--reference", tiny_model, "--context", 4096)
+    assert "4096" in said and "2048" in said
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -211,7 +308,7 @@ def test_baselines_stand_beside_the_file(
     kind: str, files: Path, tiny_model: Path, held_out: tuple[object, ...]
 ) -> None:
     found = measured(files / "Q8_0.gguf", "--reference", tiny_model, *held_out, *FEW[:2],
-                     "--sample-tokens", 0, "--baseline", kind)  # fmt: skip
+                     "--sample-tokens", 0, "--baseline", kind, "--baseline", kind)  # fmt: skip
     file, baseline = found["models"]
     assert baseline["name"] == f"bitsandbytes {kind}"
     assert 0 < baseline["bytes"] != file["bytes"]
@@ -308,4 +405,5 @@ def test_a_baseline_needs_a_checkpoint(files: Path) -> None:
 
 def test_what_is_no_gguf_file_is_refused(tiny_model: Path, tmp_path: Path) -> None:
     assert "no such file" in refused(tmp_path / "none.gguf", "--reference", tiny_model)
-    assert "not a GGUF file" in refused(tiny_model / "config.json", "--reference", tiny_model)
+    assert "name the folder" in refused(tiny_model / "config.json", "--reference", tiny_model)
+    assert "is a folder" in refused(tiny_model, "--reference", tiny_model)
