@@ -46,15 +46,17 @@ def _of_row(
     """The tensor of `row` in `scope`, or none where the row does not hold there."""
     op: Op = row.op if row.source else Constant(scope.constants[row.gguf])
     sources = op.sources(before + row.source, scope.sizes)
-    name = row.gguf if bid is None else f"blk.{bid}.{row.gguf}"
+    name, *halves = (
+        name if bid is None else f"blk.{bid}.{name}" for name in (row.gguf, *row.halves)
+    )
     if row.when and row.when not in scope.features:
         if row.when in scope.unused:
             accounts.unused.update(sources)
-            accounts.unused_gguf.add(name)
+            accounts.unused_gguf.update((name, *halves))
         else:
             reason = family.explain.get(row.when, f"not in a model without {row.when}")
             accounts.wrong.update(dict.fromkeys(sources, reason))
-            accounts.wrong_gguf[name] = reason
+            accounts.wrong_gguf.update(dict.fromkeys((name, *halves), reason))
         return
     shape = tuple(scope.sizes[size] for size in row.shape)
     accounts.expected.update(dict.fromkeys(sources, op.source_shape(shape)))
@@ -68,6 +70,7 @@ def _of_row(
         n_matrices=shape[0] if stacked else 1,
         is_expert=stacked,
         op=op,
+        halves=tuple(halves),
     )
 
 

@@ -24,6 +24,8 @@ class Row:
     what stands before the layer (or, outside layers, before the text model); empty for a constant.
     `shape` names sizes of the scope, in torch order. The row holds where the scope has the feature
     `when`. `at_head` marks a name that stands beside the text model, not in it (`lm_head`).
+    `halves` are the GGUF names of two tensors that llama.cpp takes in place of this one: the first
+    and the last half of the rows of each matrix.
     """
 
     gguf: str
@@ -32,6 +34,7 @@ class Row:
     when: str = ""
     op: Op = COPY
     at_head: bool = False
+    halves: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ only `rope_freqs.weight` is read.
 
 The sources of the tensors are the names that the family's checkpoints have, with "model." before
 "layers.", so that whatever runs a checkpoint runs the file, too. Experts in banks count as the
-tensor that they stand for. What the keys do not tell and llama.cpp's graph has fixed is taken from
-transformers' defaults.
+tensor that they stand for, and so do the two halves of a tensor that llama.cpp takes whole or in
+two (Gemma 4's `ffn_gate_up_exps`). What the keys do not tell and llama.cpp's graph has fixed is
+taken from transformers' defaults.
 """
 
 from collections.abc import Iterator
@@ -56,7 +57,9 @@ def describe_gguf(file: GGUFFile) -> ModelSpec:
         raise GGUFError(str(error)) from error
     accounts = Accounts()
     tensors = tuple(expand(family, layout, PREFIX, "", accounts))
-    offenders = [*_missing(tensors, shapes), *_unexpected(tensors, shapes, accounts)]
+    wanted = dict(_as_stored(tensors, shapes))
+    _explain_halves(tensors, shapes, accounts)
+    offenders = [*_missing(wanted, shapes), *_unexpected(wanted, shapes, accounts)]
     offenders += _experts(family, layout, tensors)
     if offenders:
         raise GGUFError(
@@ -112,20 +115,37 @@ def _checkpoint_names(family: Family, shapes: Shapes) -> frozenset[str]:
     return frozenset(names)
 
 
-def _missing(tensors: tuple[TensorSpec, ...], shapes: Shapes) -> Iterator[str]:
+def _as_stored(
+    tensors: tuple[TensorSpec, ...], shapes: Shapes
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of what the file has to hold: a tensor, or its halves if one is there."""
     for tensor in tensors:
-        found = shapes.get(tensor.name)
+        if tensor.name in shapes or not any(half in shapes for half in tensor.halves):
+            yield tensor.name, tensor.shape
+        else:
+            yield from ((half, tensor.half_shape) for half in tensor.halves)
+
+
+def _explain_halves(tensors: tuple[TensorSpec, ...], shapes: Shapes, accounts: Accounts) -> None:
+    """Halves beside the whole are nobody's; llama.cpp, which counts tensors, refuses them, too."""
+    for tensor in tensors:
+        if tensor.name in shapes:
+            reason = f"{tensor.name} is there, too"
+            accounts.wrong_gguf.update(dict.fromkeys(tensor.halves, reason))
+
+
+def _missing(wanted: Shapes, shapes: Shapes) -> Iterator[str]:
+    for name, shape in wanted.items():
+        found = shapes.get(name)
         if found is None:
-            yield f"{tensor.name}: missing, of shape {list(tensor.shape)}"
-        elif found != tensor.shape:
-            yield f"{tensor.name}: shape {list(found)}, expected {list(tensor.shape)}"
+            yield f"{name}: missing, of shape {list(shape)}"
+        elif found != shape:
+            yield f"{name}: shape {list(found)}, expected {list(shape)}"
 
 
-def _unexpected(
-    tensors: tuple[TensorSpec, ...], shapes: Shapes, accounts: Accounts
-) -> Iterator[str]:
+def _unexpected(wanted: Shapes, shapes: Shapes, accounts: Accounts) -> Iterator[str]:
     """Tensors that no row asks for; those that llama.cpp, too, passes over are none."""
-    known = {tensor.name for tensor in tensors} | accounts.unused_gguf
+    known = set(wanted) | accounts.unused_gguf
     for name in shapes:
         if name not in known:
             reason = accounts.wrong_gguf.get(name)

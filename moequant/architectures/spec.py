@@ -24,7 +24,8 @@ class TensorSpec:
     `sources` are checkpoint names, empty for a constant. `bid` is the layer, None outside layers.
     `role` is `name` without `blk.N.` and `.weight` (`attn_q`, `ffn_down_exps.scale`). `n_matrices`
     is the number of experts of a 3-D tensor, else 1; `is_expert` is true for such stacks only, so
-    not for a per-expert scale, which is a vector.
+    not for a per-expert scale, which is a vector. `halves` are the names of two tensors, each of
+    `half_shape`, that a GGUF file may have in place of this one.
     """
 
     name: str
@@ -35,6 +36,12 @@ class TensorSpec:
     n_matrices: int
     is_expert: bool
     op: Op = field(repr=False)
+    halves: tuple[str, ...] = ()
+
+    @property
+    def half_shape(self) -> Shape:
+        """(experts, rows / 2, in): the first or last half of the rows of each matrix."""
+        return (self.shape[0], self.shape[1] // 2, *self.shape[2:])
 
     def load(self, checkpoint: Checkpoint, matrix: int | None = None) -> torch.Tensor:
         """The values, in the checkpoint's dtype, of shape `shape`.

@@ -1,7 +1,7 @@
 """NaN and Inf in weights.
 
-Owns: counting them and the error. Leaves out: when to check; whoever reads a weight to pack or to
-run it calls `check_finite` on it.
+Owns: counting them, and the error for a checkpoint. Leaves out: when to check (whoever reads a
+weight to pack or to run it does), and the error for a GGUF file (`evaluate.gguf_weights`).
 """
 
 from collections.abc import Iterator
@@ -20,19 +20,24 @@ def check_finite(name: str, tensor: torch.Tensor, file: Path | None = None) -> N
     The message names `file` if given, the tensor, how many of each, and among how many values.
     Integers, bool and F4 cannot hold either and pass unread.
     """
+    counts = not_finite(tensor)
+    if counts:
+        where = f"{file.name}: " if file else ""
+        raise CheckpointError(
+            f"{where}{name} has {counts} among {tensor.numel()} values. A GGUF file made from it "
+            "would compute NaN; download the file again, or repair the checkpoint at its source."
+        )
+
+
+def not_finite(tensor: torch.Tensor) -> str:
+    """How many of each `tensor` (any shape, any dtype) holds: "3 NaN and 2 Inf"; "" for none."""
     nan = inf = 0
     for chunk in _float_chunks(tensor):
         # torch's aminmax propagates NaN, so finite extremes prove all values finite: one fast pass.
         if not all(bool(extreme.isfinite()) for extreme in chunk.aminmax()):
             nan += int(chunk.isnan().sum())
             inf += int(chunk.isinf().sum())
-    if nan or inf:
-        where = f"{file.name}: " if file else ""
-        counts = " and ".join(f"{n} {word}" for n, word in ((nan, "NaN"), (inf, "Inf")) if n)
-        raise CheckpointError(
-            f"{where}{name} has {counts} among {tensor.numel()} values. A GGUF file made from it "
-            "would compute NaN; download the file again, or repair the checkpoint at its source."
-        )
+    return " and ".join(f"{n} {word}" for n, word in ((nan, "NaN"), (inf, "Inf")) if n)
 
 
 def _float_chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -1,9 +1,10 @@
 """A GGUF file's tensors under the names its checkpoint gives them, so that one forward runs both.
 
-Owns: finding the bytes behind a checkpoint name (in any file of a split model, in any bank), and
-decoding them. Leaves out: the forward, and the description of the model, which comes from the
-checkpoint (`describe`) or from the file itself (`describe_gguf`). The decoder is `gguf.quants`'
-(NumPy, not ours), so that values do not rest on the code that encoded them.
+Owns: finding the bytes behind a checkpoint name (in any file of a split model, in any bank, in one
+tensor or in two halves of it), decoding them, and refusing what is not finite. Leaves out: the
+forward, and the description of the model, which comes from the checkpoint (`describe`) or from the
+file itself (`describe_gguf`). The decoder is `gguf.quants`' (NumPy, not ours), so that values do
+not rest on the code that encoded them.
 """
 
 import functools
@@ -16,12 +17,30 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 
 from moequant.architectures import ModelSpec, TensorSpec
+from moequant.checkpoint.finite import not_finite
 from moequant.errors import GGUFError, listing
 from moequant.expert_banks import ExpertBanks, read_banks
 from moequant.gguf_file import GGUFFile, GGUFTensor
 
-Stack = GGUFTensor | ExpertBanks
-"""One tensor of the model: as it is in the file, or in banks. Both have `name` and `shape`."""
+
+@dataclass(frozen=True)
+class Halves:
+    """Two tensors that stand for one of `shape` (experts, rows, in).
+
+    The first has the first half of each matrix's rows, the second the last half.
+    """
+
+    shape: tuple[int, ...]
+    halves: tuple[GGUFTensor | ExpertBanks, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both, without maps of banks."""
+        return sum(half.nbytes for half in self.halves)
+
+
+Stack = GGUFTensor | ExpertBanks | Halves
+"""One tensor of the model: as it is in the file, in banks, or in halves; all have `shape`."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +63,7 @@ class GGUFWeights:
     def __init__(self, file: GGUFFile, model: ModelSpec) -> None:
         self._file = file
         self._model = model
-        self._stacks = _stacks(file)
+        self._stacks = _stacks(file, model)
         wrong = [
             f"{spec.name}: {_found(self._stacks, spec)}, {spec.shape} in the model"
             for spec in model.tensors
@@ -65,7 +84,10 @@ class GGUFWeights:
         return places
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor in float32, in the checkpoint's shape."""
+        """The whole tensor in float32, in the checkpoint's shape.
+
+        Raises GGUFError, as `read_slice` does, for NaN and Inf among what is read.
+        """
         place = self.tensors[name]
         shape = place.tensor.shape
         if place.matrix is not None:
@@ -92,27 +114,43 @@ class GGUFWeights:
             return values.reshape(stop - start, *stack.shape[1:])
         values = torch.empty(stop - start, *stack.shape[1:])
         for expert in range(start, stop):
-            bank, index = stack.place(expert)
-            values[expert - start] = self._rows(bank, index * rows, (index + 1) * rows)
+            values[expert - start] = self._matrix(stack, expert)
         return values
+
+    def _matrix(self, stack: Stack, expert: int) -> torch.Tensor:
+        """One matrix of a 3-D tensor, float32 (rows, in)."""
+        if isinstance(stack, Halves):
+            return torch.cat([self._matrix(half, expert) for half in stack.halves])
+        tensor, index = stack.place(expert) if isinstance(stack, ExpertBanks) else (stack, expert)
+        rows = stack.shape[1]
+        return self._rows(tensor, index * rows, (index + 1) * rows)
 
     def _rows(self, tensor: GGUFTensor, start: int, stop: int) -> torch.Tensor:
         """Rows start:stop as float32 (rows, cols); all leading axes count as rows."""
         row_bytes = tensor.nbytes // _rows_of(tensor.shape)
         data = self._file.read(tensor.name, start * row_bytes, stop * row_bytes)
         qtype = GGMLQuantizationType[tensor.qtype]
-        values = dequantize(data.reshape(stop - start, row_bytes), qtype)
-        return torch.from_numpy(np.array(values, dtype=np.float32))
+        with np.errstate(all="ignore"):  # what comes out is checked, whatever went in
+            values = dequantize(data.reshape(stop - start, row_bytes), qtype)
+            rows = torch.from_numpy(np.array(values, dtype=np.float32))
+        counts = not_finite(rows)
+        if counts:
+            raise GGUFError(
+                f"{tensor.path}: {tensor.name} ({tensor.qtype}) has {counts} among "
+                f"{rows.numel()} values read. The file is damaged: make it again, or download it "
+                "again."
+            )
+        return rows
 
 
 def stored(file: GGUFFile, model: ModelSpec) -> dict[str, tuple[str, int]]:
     """Name of each of the model's tensors → its type and its bytes in the file.
 
-    Of a tensor in banks the types are joined by "+", in the order of the banks, each named once;
-    the bytes are those of all banks, without the map. Raises GGUFError as `GGUFWeights` does for
+    Of a tensor in banks or in halves the types are joined by "+", in their order, each named once;
+    the bytes are those of all of them, without the maps. Raises GGUFError as `GGUFWeights` does for
     damaged banks.
     """
-    stacks = _stacks(file)
+    stacks = _stacks(file, model)
     found = {}
     for spec in model.tensors:
         stack = stacks.get(spec.name)
@@ -140,12 +178,24 @@ def _decodes(name: str) -> bool:
     return True
 
 
-def _stacks(file: GGUFFile) -> dict[str, Stack]:
-    """Every tensor under its name, and banked ones under that of the tensor they stand for."""
-    return {**file.tensors, **read_banks(file)}
+def _stacks(file: GGUFFile, model: ModelSpec) -> dict[str, Stack]:
+    """Every tensor under its name, and banks and halves under that of what they stand for."""
+    single: dict[str, GGUFTensor | ExpertBanks] = {**file.tensors, **read_banks(file)}
+    joined = {
+        spec.name: Halves(spec.shape, tuple(single[half] for half in spec.halves))
+        for spec in model.tensors
+        if spec.halves and all(_is_half(single.get(half), spec) for half in spec.halves)
+    }
+    return {**joined, **single}
+
+
+def _is_half(stack: GGUFTensor | ExpertBanks | None, spec: TensorSpec) -> bool:
+    return stack is not None and stack.shape == spec.half_shape
 
 
 def _parts(stack: Stack) -> tuple[GGUFTensor, ...]:
+    if isinstance(stack, Halves):
+        return tuple(tensor for half in stack.halves for tensor in _parts(half))
     return (stack,) if isinstance(stack, GGUFTensor) else stack.banks
 
 
@@ -181,4 +231,7 @@ def _rows_of(shape: tuple[int, ...]) -> int:
 
 def _found(stacks: dict[str, Stack], spec: TensorSpec) -> str:
     stack = stacks.get(spec.name)
-    return "missing" if stack is None else f"{stack.shape} in the file"
+    if stack is not None:
+        return f"{stack.shape} in the file"
+    halves = [f"{half} {stacks[half].shape}" for half in spec.halves if half in stacks]
+    return f"only {' and '.join(halves)} in the file" if halves else "missing"

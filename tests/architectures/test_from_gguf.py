@@ -33,6 +33,7 @@ from tests.banked_files import Q8_0, banked
 from tests.calibrate.models import windows
 from tests.checkpoints import KINDS, make_checkpoint
 from tests.gguf_files import rewrite, split
+from tests.halved_files import halved
 from tests.oracles.test_converter import DRIVER, VARIANTS
 
 F32 = GGMLQuantizationType.F32
@@ -201,6 +202,76 @@ def test_banks_of_two_types_differ_where_they_should(
         assert torch.equal(found, exact)
     error = file_logits(tmp_path / "banked.gguf") - file_logits(exported("qwen3-moe"))
     assert 0 < error.square().mean().sqrt() < 0.2
+
+
+@pytest.mark.parametrize("case", ["gemma4-additive-some-layers", "gemma4-moe"])
+def test_separate_gate_and_up_are_the_fused_tensor(
+    case: str, folder: Path, exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    halved(exported(case), tmp_path / "apart.gguf")
+    assert not any("gate_up" in name for name in read_model(tmp_path / "apart.gguf").tensors)
+    check_same(folder / case, tmp_path / "apart.gguf")
+    expected = file_logits(exported(case))
+    torch.testing.assert_close(file_logits(tmp_path / "apart.gguf"), expected, rtol=0, atol=0)
+
+
+def drop(name: str) -> Callable[[dict[str, Any]], None]:
+    return lambda tensors: tensors.pop(name)
+
+
+def shorten(name: str) -> Callable[[dict[str, Any]], None]:
+    def change(tensors: dict[str, Any]) -> None:
+        values, qtype = tensors[name]
+        tensors[name] = (values[:, 1:].copy(), qtype)
+
+    return change
+
+
+GATE, UP, BOTH = (f"blk.1.ffn_{part}_exps.weight" for part in ("gate", "up", "gate_up"))
+BAD_HALVES = {
+    "no gate": (drop(GATE), [f"1 tensors .*\n  - {GATE}: missing, of shape \\[16, 96, 256\\]"]),
+    "no up": (drop(UP), [f"1 tensors .*\n  - {UP}: missing, of shape \\[16, 96, 256\\]"]),
+    "another shape": (
+        shorten(UP),
+        [f"1 tensors .*\n  - {UP}: shape \\[16, 95, 256\\], expected \\[16, 96, 256\\]"],
+    ),
+    "the whole, too": (
+        drop(BOTH),  # from what is replaced, so that it stays
+        ["2 tensors", *(f"{half}: unexpected \\({BOTH} is there, too\\)" for half in (GATE, UP))],
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_HALVES)
+def test_gate_without_its_up_is_refused(
+    damage: str, exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    change, messages = BAD_HALVES[damage]
+    halved(exported("gemma4-additive"), tmp_path / "bad.gguf", change=change)
+    for message in messages:
+        with pytest.raises(GGUFError, match=message):
+            describe_gguf(read_model(tmp_path / "bad.gguf"))
+
+
+@pytest.mark.llama_cpp
+def test_fused_experts_of_qwen3_are_refused_here_and_there(
+    exported: Callable[[str], Path], llama_cpp: LlamaCpp, tmp_path: Path
+) -> None:
+    tensors = {t.name: t for t in gguf.GGUFReader(exported("qwen3-moe")).tensors}
+    changes: dict[str, Any] = {}
+    for gate in [name for name in tensors if "ffn_gate_exps" in name]:
+        up = gate.replace("gate", "up")
+        fused = np.concatenate([tensors[gate].data, tensors[up].data], axis=1)
+        changes |= {gate: None, up: None}
+        changes[gate.replace("gate", "gate_up")] = fused, tensors[gate].tensor_type
+    rewrite(exported("qwen3-moe"), tmp_path / "fused.gguf", tensors=changes)
+    with pytest.raises(GGUFError, match=r"blk\.0\.ffn_gate_up_exps\.weight: unexpected"):
+        describe_gguf(read_model(tmp_path / "fused.gguf"))
+    command = [llama_cpp.tool("llama-perplexity"), "-m", tmp_path / "fused.gguf", "-t", "1",
+               "-f", Path(__file__), "-c", "64", "--chunks", "1"]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "tensor 'blk.0.ffn_gate_exps.weight' not found" in result.stdout + result.stderr
 
 
 def test_a_file_without_its_experts_is_dense(

@@ -18,7 +18,8 @@ from moequant.pipeline import ExportOptions, export
 from moequant.runtime.llama_cpp import LlamaCpp
 from tests.banked_files import Q8_0, banked
 from tests.checkpoints import make_checkpoint
-from tests.gguf_files import rewrite, split
+from tests.gguf_files import Value, rewrite, split
+from tests.halved_files import halved
 
 KINDS = ("gemma4-additive-some-layers", "qwen3-moe")
 
@@ -103,6 +104,60 @@ def test_banked_experts(root: Path, tmp_path: Path, kind: str) -> None:
         size = values[0].size
         assert sizes[name] == ("F32+Q8_0", 11 * size * 4 + 5 * size // 32 * 34)
     assert len(sizes) == len(spec.tensors)
+
+
+@pytest.mark.llama_cpp
+def test_gate_and_up_in_two_tensors(llama_cpp: LlamaCpp, root: Path, tmp_path: Path) -> None:
+    """Read whole, in slices and in banks, bit by bit what the fused file holds."""
+    fused, apart, banks = (tmp_path / f"{name}.gguf" for name in ("fused", "apart", "banks"))
+    command = [llama_cpp.tool("llama-quantize"), root / f"{KINDS[0]}.gguf", fused, "Q4_K_M", "1"]
+    subprocess.run(command, check=True, capture_output=True)
+    halved(fused, apart)
+    banked(apart, banks, (None, None, None))
+    file = read_model(fused)
+    sizes = stored(file, describe_gguf(file))
+    assert sizes["blk.1.ffn_gate_up_exps.weight"][0] == "Q4_K"
+    for path in (apart, banks):
+        file = read_model(path)
+        spec = describe_gguf(file)
+        check_all(GGUFWeights(file, spec), fused, first=path)
+        assert stored(file, spec) == sizes
+
+
+def only_gate(tensors: dict[str, Value | None]) -> None:
+    for name in [name for name in tensors if "_up_exps" in name]:
+        del tensors[name]
+
+
+def test_gate_and_up_of_two_types(root: Path, tmp_path: Path) -> None:
+    """And one of them in banks, the other not."""
+    source, name = root / f"{KINDS[0]}.gguf", "blk.1.ffn_gate_up_exps.weight"
+    replaced = halved(source, tmp_path / "apart.gguf", (None, Q8_0))
+    banked(tmp_path / "apart.gguf", tmp_path / "banks.gguf", (None, None), change=only_gate)
+    rounded = {}
+    for tensor in gguf.GGUFReader(source).tensors:
+        if ".ffn_gate_up_exps." in tensor.name:
+            up, _ = replaced[tensor.name.replace("gate_up", "up")] or ()
+            values = tensor.data.copy()
+            values[:, values.shape[1] // 2 :] = gguf.dequantize(up, Q8_0)
+            rounded[tensor.name] = (values, GGMLQuantizationType.F32)
+    rewrite(source, tmp_path / "rounded.gguf", tensors=rounded)
+    for path in (tmp_path / "apart.gguf", tmp_path / "banks.gguf"):
+        file = read_model(path)
+        spec = describe_gguf(file)
+        check_all(GGUFWeights(file, spec), tmp_path / "rounded.gguf", first=path)
+        half = rounded[name][0].size // 2
+        assert stored(file, spec)[name] == ("F32+Q8_0", half * 4 + half // 32 * 34)
+
+
+def test_half_of_the_experts_is_not_enough(root: Path, tmp_path: Path) -> None:
+    """Held against the checkpoint's description; `describe_gguf` has its own errors for these."""
+    spec = describe(open_checkpoint(root / KINDS[0]))
+    name = "blk.1.ffn_up_exps.weight"
+    halved(root / f"{KINDS[0]}.gguf", tmp_path / "bad.gguf", change=lambda t: t.pop(name))
+    message = r"gate_up_exps\.weight: only blk\.1\.ffn_gate_exps\.weight \(\d+, \d+, 256\) in the"
+    with pytest.raises(GGUFError, match=message):
+        GGUFWeights(read_model(tmp_path / "bad.gguf"), spec)
 
 
 def test_types_that_gguf_does_not_decode_are_named(root: Path, tmp_path: Path) -> None:
