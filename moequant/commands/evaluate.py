@@ -69,8 +69,16 @@ from moequant.evaluation_options import BASELINES, ENGINES, OURS
               help="Keep what was measured, for `moequant report`.")  # fmt: skip
 @force_option
 @json_option
+@click.pass_context
 def evaluate(
-    file: Path, reference: str, save: Path | None, force: bool, as_json: bool, **arguments: Any
+    ctx: click.Context,
+    /,
+    file: Path,
+    reference: str,
+    save: Path | None,
+    force: bool,
+    as_json: bool,
+    **arguments: Any,
 ) -> None:
     """Measure how true a GGUF file is to the model it was made of.
 
@@ -82,6 +90,7 @@ def evaluate(
     from moequant.pipeline import check_device, write_lossless
     from moequant.tables.evaluation import evaluation_json, evaluation_tables
 
+    _refuse_idle_options(ctx)
     options = _options(arguments)
     check_device(options.compare.device)
     if save is not None:
@@ -111,6 +120,20 @@ def _inputs(file: Path, reference: Path, texts: tuple[Path, ...]) -> list[Path]:
         shard for path in (file, reference) if is_gguf(path) for shard in read_model(path).shards
     ]
     return [file, reference, *shards, *texts]
+
+
+def _refuse_idle_options(ctx: click.Context) -> None:
+    """UsageError for options that were given and that llama.cpp would not follow."""
+    from moequant.errors import UsageError
+
+    if ctx.params["engine"] == OURS:
+        return
+    ours_only = ("sample_tokens", "compute_dtype", "device")
+    typed = click.core.ParameterSource.COMMANDLINE
+    names = {parameter.name: parameter.opts[0] for parameter in ctx.command.params}
+    given = [names[name] for name in ours_only if ctx.get_parameter_source(name) == typed]
+    if given:
+        raise UsageError(f"{', '.join(given)}: only for --engine {OURS}.")
 
 
 def _options(arguments: dict[str, Any]) -> Any:

@@ -1,40 +1,42 @@
 """Perplexity and KL divergence by llama-perplexity, of two GGUF files.
 
-Owns: running the tool twice (the reference writes its logits, the file is held against them) and
-reading its statistics. Leaves out: building the tool (`runtime`), and everything by layer: the tool
-shows predictions only.
-
-Keys and values in float32 and no flash attention, so that the weights, and the kernels that
-multiply them, are all that differs. The tool's logger may be stopped before its last lines, with
-exit code 0: a run without them is repeated.
+Owns: running the tool twice (the reference writes its predictions, the file is held against them),
+checking that the first run was whole, and reading the statistics of the second. Leaves out: running
+the tool (`runtime.perplexity_tool`), and everything by layer: the tool shows predictions only.
 """
 
+import math
 import re
-import subprocess
-import tempfile
-from collections.abc import Sequence
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from moequant.calibrate.forward import Progress
-from moequant.errors import CalibrationError, LlamaCppError
+from moequant.errors import CalibrationError, ExportError, LlamaCppError
+from moequant.evaluate.logits_file import LogitsHeader, logits_bytes, read_header
 from moequant.evaluate.result import KLD
 from moequant.evaluate.statistics import Estimate
 from moequant.runtime.llama_cpp import LlamaCpp
+from moequant.runtime.perplexity_tool import EXACT, complaints, run_perplexity
 
-EXACT = ("-fa", "off", "-ctk", "f32", "-ctv", "f32")
-LEAST_TOKENS = 100  # the tool gives no statistics over fewer scored tokens
-ATTEMPTS = 10
-LOG_TAIL = 12  # lines of a failed run that the error shows
-
-_NUMBER = r"(-?[\d.]+(?:e[+-]?\d+)?|-?nan|-?inf)"
+TOO_SHORT = "you need at least"  # what the tool says, with exit code 0
+_NUMBER = r"(-?[\d.]+|-?nan|-?inf)"
+_STATISTIC = re.compile(rf"^(\S.*?) *: +{_NUMBER}(?: ± +{_NUMBER})?(?: ?%)?$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class LlamaOptions:
-    """`windows` of `length` tokens are run; None for what the tool chooses itself."""
+    """`windows` of `length` tokens are run; None for what the tool chooses itself.
+
+    `text_name` is what the errors call the text, and `folder` where the predictions are kept.
+    """
 
     windows: int
+    text_name: str
+    folder: Path
     length: int = 512
     threads: int | None = None
     gpu_layers: int | None = None
@@ -42,7 +44,10 @@ class LlamaOptions:
 
 @dataclass(frozen=True)
 class LlamaStatistics:
-    """What llama-perplexity printed; probabilities as shares, not in percent."""
+    """What llama-perplexity printed, probabilities as shares, not in percent; and what it ran.
+
+    `tokens`: int32 (windows, length), the text as the tool tokenized it.
+    """
 
     reference_perplexity: Estimate
     perplexity: Estimate
@@ -51,6 +56,7 @@ class LlamaStatistics:
     top1: Estimate
     delta_p_mean: Estimate
     delta_p_rms: Estimate
+    tokens: npt.NDArray[np.int32]
 
 
 def llama_statistics(
@@ -64,89 +70,89 @@ def llama_statistics(
     """Hold the GGUF `file` against the GGUF `reference` on the first windows of `text`.
 
     Raises:
-        CalibrationError: fewer than 100 tokens would be scored.
-        LlamaCppError: the tool failed (with its last lines), or gave no result.
+        CalibrationError: the text is shorter than two windows of llama.cpp's tokens.
+        ExportError: the reference's predictions were not written whole.
+        LlamaCppError: the tool failed (with what it said), or gave no whole result.
     """
-    scored = options.windows * (options.length - 1 - options.length // 2)
-    if scored < LEAST_TOKENS:
-        raise CalibrationError(
-            f"{text} gives {scored} tokens to score, and llama-perplexity needs {LEAST_TOKENS}: "
-            "give a longer text."
-        )
-    with tempfile.TemporaryDirectory(prefix="moequant-") as folder:
-        logits = Path(folder) / "logits"
-        base = [*_command(llama_cpp, reference, text, options), "--kl-divergence-base", str(logits)]
-        progress("llama.cpp", 0, 2)
-        _run(base, Path(folder) / "reference.log", "Final estimate")
-        progress("llama.cpp", 1, 2)
-        model = [*_command(llama_cpp, file, text, options), "--kl-divergence-base", str(logits)]
-        found = _run([*model, "--kl-divergence"], Path(folder) / "model.log", "Same top p")
-        progress("llama.cpp", 2, 2)
-    return _read(found)
+    logits = options.folder / "logits"
+    progress("llama.cpp", 0, 2)
+    said = run_perplexity(llama_cpp, _arguments(reference, text, logits, options))
+    header = _whole(logits, said, reference, options)
+    progress("llama.cpp", 1, 2)
+    arguments = [*_arguments(file, text, logits, options), "--kl-divergence"]
+    said = run_perplexity(llama_cpp, arguments)
+    progress("llama.cpp", 2, 2)
+    return _read(said, file, header)
 
 
-def _command(llama_cpp: LlamaCpp, model: Path, text: Path, options: LlamaOptions) -> list[str]:
+def _arguments(model: Path, text: Path, logits: Path, options: LlamaOptions) -> list[str]:
     size = str(options.length)
-    command = [str(llama_cpp.tool("llama-perplexity")), "-m", str(model), "-f", str(text),
-               "-c", size, "-b", size, "--chunks", str(options.windows), *EXACT]  # fmt: skip
+    arguments = ["-m", str(model), "-f", str(text), "-c", size, "-b", size, "--chunks",
+                 str(options.windows), "--kl-divergence-base", str(logits), *EXACT]  # fmt: skip
     if options.threads is not None:
-        command += ["-t", str(options.threads)]
+        arguments += ["-t", str(options.threads)]
     if options.gpu_layers is not None:
-        command += ["-ngl", str(options.gpu_layers)]
-    return command
+        arguments += ["-ngl", str(options.gpu_layers)]
+    return arguments
 
 
-def _run(command: Sequence[str], log: Path, last: str) -> str:
-    """The tool's output, which is whole if it has the line `last`."""
-    for _ in range(ATTEMPTS):
-        log.unlink(missing_ok=True)
-        run = subprocess.run([*command, "--log-file", str(log)], capture_output=True, check=False)
-        logged = log.read_text("utf-8", "replace") if log.is_file() else ""
-        output = "\n".join((logged, run.stdout.decode("utf-8", "replace"),
-                            run.stderr.decode("utf-8", "replace")))  # fmt: skip
-        if run.returncode != 0:
-            raise LlamaCppError(
-                f"llama-perplexity failed on {command[2]} with exit code {run.returncode}:\n"
-                + "\n".join(output.strip().splitlines()[-LOG_TAIL:])
-            )
-        if last in output:
-            return output
-    raise LlamaCppError(f"llama-perplexity gave no result for {command[2]} in {ATTEMPTS} runs.")
-
-
-def _read(output: str) -> LlamaStatistics:
-    return LlamaStatistics(
-        reference_perplexity=_estimate(output, r"Mean PPL\(base\) +:"),
-        perplexity=_estimate(output, r"Mean PPL\(Q\) +:"),
-        ppl_ratio=_estimate(output, r"Mean PPL\(Q\)/PPL\(base\) +:"),
-        kld=KLD(
-            mean=_estimate(output, "Mean +KLD:"),
-            min=_value(output, "Minimum KLD:"),
-            median=_value(output, "Median +KLD:"),
-            p90=_value(output, "90.0% +KLD:"),
-            p95=_value(output, "95.0% +KLD:"),
-            p99=_value(output, "99.0% +KLD:"),
-            p999=_value(output, "99.9% +KLD:"),
-            max=_value(output, "Maximum KLD:"),
-        ),
-        top1=_estimate(output, "Same top p:", 0.01),
-        delta_p_mean=_estimate(output, "Mean +Δp:", 0.01),
-        delta_p_rms=_estimate(output, "RMS Δp +:", 0.01),
+def _whole(logits: Path, said: str, reference: Path, options: LlamaOptions) -> LogitsHeader:
+    """The header of the predictions, which have the size that it implies."""
+    if TOO_SHORT in said:
+        raise CalibrationError(
+            f"{options.text_name} is too short for llama-perplexity, which needs two windows of "
+            f"{options.length} of its own tokens: give a longer text, or a smaller --context.\n"
+            + complaints(said)
+        )
+    header = read_header(logits)
+    size = logits.stat().st_size if logits.is_file() else 0
+    needed = logits_bytes(options.windows, options.length, 0)
+    if header is not None:
+        needed = logits_bytes(header.windows, header.length, header.vocabulary)
+        if size == needed:
+            return header
+    raise ExportError(
+        f"llama-perplexity wrote {size} bytes of the predictions of {reference}, and "
+        f"{'' if header else 'more than '}{needed} belong there; {options.folder} has "
+        f"{shutil.disk_usage(options.folder).free} bytes free. If the disk was full, set TMPDIR to "
+        f"a folder on a larger one, or measure fewer --tokens. The tool said:\n{complaints(said)}"
     )
 
 
-def _value(output: str, label: str) -> float:
-    return float(_match(output, rf"{label} +{_NUMBER}")[1])
+def _read(said: str, file: Path, header: LogitsHeader) -> LlamaStatistics:
+    found = {" ".join(label.split()): (value, error)
+             for label, value, error in _STATISTIC.findall(said)}  # fmt: skip
 
+    def value(label: str) -> float:
+        if label not in found:
+            raise LlamaCppError(
+                f"llama-perplexity printed no {label!r} for {file}. It said:\n{complaints(said)}"
+            )
+        number = float(found[label][0])
+        if not math.isfinite(number):
+            raise LlamaCppError(
+                f"llama-perplexity gives {number} as {label!r} for {file}: the forward pass of the "
+                "file or of its reference breaks in llama.cpp. Measure with --engine moequant, "
+                "whose errors name the layer."
+            )
+        return number
 
-def _estimate(output: str, label: str, unit: float = 1.0) -> Estimate:
-    found = _match(output, rf"{label} +{_NUMBER} ± +{_NUMBER}")
-    error = unit * float(found[2])  # the tool takes tokens as independent
-    return Estimate(unit * float(found[1]), error, error)
+    def estimate(label: str, unit: float = 1.0) -> Estimate:
+        error = float(found[label][1] or "nan") if label in found else math.nan
+        # NaN: the root of a variance that is 0 but for rounding. The tool takes tokens as
+        # independent, so there is one error only
+        error = 0.0 if math.isnan(error) else unit * error
+        return Estimate(unit * value(label), error, error)
 
-
-def _match(output: str, pattern: str) -> re.Match[str]:
-    found = re.search(pattern, output)
-    if found is None:
-        raise LlamaCppError(f"llama-perplexity printed nothing like {pattern!r}.")
-    return found
+    return LlamaStatistics(
+        reference_perplexity=estimate("Mean PPL(base)"),
+        perplexity=estimate("Mean PPL(Q)"),
+        ppl_ratio=estimate("Mean PPL(Q)/PPL(base)"),
+        kld=KLD(estimate("Mean KLD"), value("Minimum KLD"), value("Median KLD"),
+                value("90.0% KLD"), value("95.0% KLD"), value("99.0% KLD"), value("99.9% KLD"),
+                value("Maximum KLD")),
+        top1=estimate("Same top p", 0.01),
+        delta_p_mean=estimate("Mean Δp", 0.01),
+        delta_p_rms=estimate("RMS Δp", 0.01),
+        tokens=header.tokens,
+    )  # fmt: skip
