@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from moequant.commands.shared import err, force_option, out
+from moequant.commands.shared import err, force_option, json_option, out, print_json
+from moequant.errors import plain
 
 
 @click.command()
@@ -19,8 +20,14 @@ from moequant.commands.shared import err, force_option, out
 @click.option("-o", "--output", type=click.Path(path_type=Path),
               help="Default: beside the GGUF file, with the suffix .html.")  # fmt: skip
 @force_option
+@json_option
 def report(
-    source: Path, evaluation: Path | None, routing: Path | None, output: Path | None, force: bool
+    source: Path,
+    evaluation: Path | None,
+    routing: Path | None,
+    output: Path | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Write one self-contained HTML page about a GGUF file.
 
@@ -35,6 +42,9 @@ def report(
     check_target(output, force=force)
     data = gather(file, evaluation, routing)
     for note in data.notes:
-        err.print(note, style="yellow", soft_wrap=True)
+        err.print(plain(note), style="yellow", soft_wrap=True)
     write_report(output, data)
+    if as_json:
+        print_json({"report": str(output), "notes": list(data.notes)})
+        return
     out.print(f"{output}", soft_wrap=True)

@@ -1,4 +1,9 @@
-"""One self-contained HTML page about a GGUF file and what was measured of it."""
+"""One self-contained HTML page about a GGUF file and what was measured of it.
+
+Owns: reading what was measured, checking that it is of this file, wording, drawing, the page.
+Leaves out: all measuring (`moequant.evaluate`, `moequant.routing`) and sums over a file
+(`moequant.inspection`).
+"""
 
 from moequant.report.data import ReportData, find_file, gather
 from moequant.report.evaluation import Measured

@@ -1,20 +1,20 @@
 """What a report is made from: one GGUF file, and what was measured of it.
 
-Owns: finding these and checking that they belong together. Leaves out: wording (`sections`),
-drawing (`plots`) and measuring.
+Owns: finding and reading these. Leaves out: whether they belong together (`same_model`), wording
+(`sections`), drawing (`plots`) and measuring.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moequant.errors import UsageError, listing
-from moequant.expert_banks import read_banks
+from moequant.errors import UsageError
 from moequant.gguf_file import is_gguf, read_model
 from moequant.inspection import Inspection, inspect
 from moequant.report.evaluation import Evaluation, Measured, read_evaluation
 from moequant.report.model_file import Grid, bits_by_expert, bits_by_tensor
 from moequant.report.routing import Routing, read_routing
+from moequant.report.same_model import check_evaluation, check_routing
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def gather(
 
     Raises:
         GGUFError: the file is damaged.
-        UsageError: a JSON file is damaged, or is about another model than the file.
+        UsageError: a JSON file is damaged, or was measured on another file or model.
     """
     file, evaluation = find_file(source, evaluation)
     header = read_model(file)
@@ -67,10 +67,10 @@ def gather(
     inspection = inspect(str(file))
     notes: tuple[str, ...] = ()
     if evaluation is not None and measured is not None:
-        _check_tensors(evaluation, measured, file, {*header.tensors, *read_banks(header)})
+        check_evaluation(evaluation, measured, header, inspection)
         notes = _evaluation_notes(measured, file)
     if routing is not None and routed is not None:
-        _check_routing(routing, routed, file, inspection)
+        check_routing(routing, routed, header)
     return ReportData(
         file, inspection, header.metadata, bits_by_tensor(header), bits_by_expert(header),
         measured, routed, perplexity, notes,
@@ -101,16 +101,6 @@ def find_file(source: Path, evaluation: Path | None = None) -> tuple[Path, Path 
     )
 
 
-def _check_tensors(path: Path, evaluation: Evaluation, file: Path, names: set[str]) -> None:
-    """UsageError if the evaluation has tensors that the file has not."""
-    strangers = [row.name for row in evaluation.models[0].tensors if row.name not in names]
-    if strangers:
-        raise UsageError(
-            f"{path} is about another file than {file}; it has {len(strangers)} tensors that "
-            f"the file has not:{listing(strangers, 5)}"
-        )
-
-
 def _evaluation_notes(evaluation: Evaluation, file: Path) -> tuple[str, ...]:
     """The evaluation's own notes, and one if it names a file of another name."""
     notes = tuple(evaluation.notes)
@@ -118,14 +108,3 @@ def _evaluation_notes(evaluation: Evaluation, file: Path) -> tuple[str, ...]:
     if name != file.name:
         notes += (f"The evaluation names the file {name}; this report is about {file.name}.",)
     return notes
-
-
-def _check_routing(path: Path, routing: Routing, file: Path, inspection: Inspection) -> None:
-    """UsageError if the routing has another number of experts in a layer than the file."""
-    for layer in routing.layers:
-        experts = len(inspection.routed_share.get(layer.layer, layer.share))
-        if len(layer.share) != experts:
-            raise UsageError(
-                f"{path} is about another model than {file}: layer {layer.layer} has "
-                f"{len(layer.share)} experts there and {experts} in the file."
-            )

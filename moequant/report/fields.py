@@ -17,7 +17,11 @@ SHOWN_VALUE = 60  # characters of a wrong value that an error repeats
 
 @dataclass(frozen=True)
 class Fields:
-    """One JSON object, with the way to it: `path` is like `models[0].kld`, "" at the top."""
+    """One JSON object, with the way to it: `path` is like `models[0].kld`, "" at the top.
+
+    Every reader of a field raises UsageError where it is missing or not what it should be; fields
+    that no one reads may be anything.
+    """
 
     file: Path
     path: str
@@ -37,7 +41,14 @@ class Fields:
             raise self.fail(name, "a finite number")
         return float(value)  # type: ignore[arg-type]  # checked above
 
+    def measured(self, name: str) -> float | None:
+        """A number; None for null, which stands for what was not finite."""
+        if name in self.values and self.values[name] is None:
+            return None
+        return self.number(name)
+
     def optional(self, name: str) -> float | None:
+        """A number; None where there is none."""
         return None if self.values.get(name) is None else self.number(name)
 
     def count(self, name: str) -> int:

@@ -32,6 +32,7 @@ COLORMAP = "viridis"  # perceptually uniform, and no end of it vanishes in light
 LETTER = 6.6  # px, width of an average letter at FONT_SIZE
 LONGEST_LABEL = 28  # letters of a name beside a plot
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # powers of ten without TeX
+LOG = " (log scale)"
 PERCENT = FuncFormatter(lambda value, _: f"{100 * value:.4g}%")
 MOST_BITS = 16.0  # F16, F32 and the like share the brightest colour
 HEAT_WIDTH, HEAT_HEIGHT = 930, 720  # px that a big heat map takes, letters at its left included
@@ -56,7 +57,8 @@ def heat_map(
 ) -> Plot:
     """`grid` as coloured cells with a scale above; empty cells show the page.
 
-    `rows`, `columns`: what the axes are called. `scale`: what the colours mean. The cells are one
+    `rows`, `columns`: what the axes are called. `scale`: what the colours mean. Values past the
+    end of `norm` share its last colour, which the scale then says. The cells are one
     small image inside the SVG: 128 x 60 of them take a few kB.
     """
     names = [_short(name) for name in grid.rows]
@@ -75,7 +77,7 @@ def heat_map(
         _label_cells(axes, names, grid.columns, (cell_width, cell_height))
         axes.set_xlabel(columns, loc="left")
         axes.set_ylabel(rows)
-        _scale(place(figure, left, 22, 200, 10), norm, scale)
+        _scale(place(figure, left, 22, 200, 10), norm, scale, float(finite.max()))
         return Plot(to_svg(figure, label))
 
 
@@ -114,10 +116,10 @@ def layer_errors(models: Sequence[tuple[str, Sequence[LayerError]]], label: str)
             _line(axes, layers, [layer.hidden_nmse for layer in layers], color, _short(name))
         first = models[0][1]
         if any(layer.own_nmse is not None for layer in first):
-            own = [np.nan if layer.own_nmse is None else layer.own_nmse for layer in first]
+            own = [layer.own_nmse for layer in first]
             _line(axes, first, own, SERIES[0], "each layer alone", "--")
-        _log_where_positive(axes)
         axes.set_ylabel("NMSE of hidden states")
+        _log_where_positive(axes)
         return _finish(axes)
 
     return both(draw, label)
@@ -127,11 +129,14 @@ def router_overlap(layers: Sequence[LayerError], label: str) -> Plot:
     """Share of routed experts that file and reference both choose, by layer."""
 
     def draw(width: float) -> Figure:
-        known = [layer for layer in layers if layer.router_overlap is not None]
         axes = _frame(width, 200, legend=0)
-        _line(axes, known, [layer.router_overlap or 0.0 for layer in known], SERIES[0], "")
+        overlap = [layer.router_overlap for layer in layers]
+        _line(axes, layers, overlap, SERIES[0], "")
+        floor = overlap_floor(min(value for value in overlap if value is not None))
+        axes.set_ylim(floor, 1 + (1 - floor) / 50)
         axes.yaxis.set_major_formatter(PERCENT)
-        axes.set_ylabel("experts in common")
+        cut = f" (axis from {floor:.0%})" if floor else ""
+        axes.set_ylabel(f"overlap{cut}")
         return _finish(axes)
 
     return both(draw, label)
@@ -149,6 +154,9 @@ def kld_distribution(histogram: Histogram, marks: dict[str, float], label: str) 
             axes.xaxis.set_major_locator(LogLocator(numticks=8 if width > NARROW else 5))
             axes.xaxis.set_major_formatter(PLAIN)
             axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_xlabel(f"KLD in nats{LOG}")
+        else:
+            axes.set_xlabel("KLD in nats")
         axes.stairs(share, edges, fill=True, color=SERIES[0], alpha=0.75, linewidth=0)
         axes.set_xlim(*_filled(edges, share))
         low, high = axes.get_xlim()
@@ -161,7 +169,6 @@ def kld_distribution(histogram: Histogram, marks: dict[str, float], label: str) 
                     textcoords="offset points", ha="center", color=TEXT,
                 )  # fmt: skip
         axes.yaxis.set_major_formatter(PERCENT)
-        axes.set_xlabel("KLD in nats")
         axes.set_ylabel("scored tokens")
         return _finish(axes, layers=False)
 
@@ -185,6 +192,11 @@ def ablation(rows: Sequence[Ablation], label: str) -> Plot:
         return _finish(axes, layers=False)
 
     return both(draw, label)
+
+
+def overlap_floor(least: float) -> float:
+    """Where the axis of an overlap begins: a few points must not look like a collapse."""
+    return max(floor for floor in (0.0, 0.5, 0.8) if floor <= max(0.0, least))
 
 
 def relative_norm(values: npt.NDArray[np.float64]) -> Normalize:
@@ -224,22 +236,24 @@ def _finish(axes: Axes, *, layers: bool = True) -> Figure:
 
 
 def _line(
-    axes: Axes, layers: Sequence[LayerError], values: Sequence[float], color: str, name: str,
-    style: str = "-",
+    axes: Axes, layers: Sequence[LayerError], values: Sequence[float | None], color: str,
+    name: str, style: str = "-",
 ) -> None:  # fmt: skip
     marker = "o" if len(layers) <= 16 else None
+    drawn = [np.nan if value is None else value for value in values]
     axes.plot(
-        [layer.layer for layer in layers], values, style, color=color, marker=marker,
+        [layer.layer for layer in layers], drawn, style, color=color, marker=marker,
         markersize=4, label=name or None,
     )  # fmt: skip
 
 
 def _log_where_positive(axes: Axes) -> None:
-    """A logarithmic scale if every value drawn is positive."""
+    """A logarithmic scale, and the label says so, if every value drawn is positive."""
     drawn = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.get_lines()])
     drawn = drawn[np.isfinite(drawn)]
     if drawn.size and (drawn > 0).all():
         axes.set_yscale("log")
+        axes.set_ylabel(f"{axes.get_ylabel()}{LOG}")
         axes.yaxis.set_major_formatter(PLAIN)
         axes.yaxis.set_minor_formatter(NullFormatter())
 
@@ -277,14 +291,20 @@ def _step(least: float) -> int:
     return 1024
 
 
-def _scale(axes: Axes, norm: Normalize, name: str) -> None:
-    """A horizontal bar of the colours from least to most, with its name above."""
+def _scale(axes: Axes, norm: Normalize, name: str, largest: float) -> None:
+    """A horizontal bar of the colours from least to most, with its name above.
+
+    `largest`: of the values shown; "≥" stands at the end if some lie past it.
+    """
     axes.imshow(np.linspace(0, 1, 256)[None], COLORMAP, aspect="auto", interpolation="none",
                 extent=(0, 1, 0, 1))  # fmt: skip
     axes.set_yticks([])
     low, high = float(norm.vmin or 0), float(norm.vmax or 0)
     middle = float(norm.inverse(0.5)) if high > low else low
-    axes.set_xticks([0, 0.5, 1], [f"{value:.3g}" for value in (low, middle, high)])
+    past = "≥ " if largest > high else ""
+    axes.set_xticks([0, 0.5, 1], [f"{low:.3g}", f"{middle:.3g}", f"{past}{high:.3g}"])
+    if isinstance(norm, LogNorm) and high > low:
+        name += LOG
     axes.tick_params(length=2, pad=1)
     axes.set_title(name, loc="left", pad=5)
     axes.spines[:].set_linewidth(0.6)

@@ -1,6 +1,6 @@
 """What `moequant routing --json` printed, checked and as plain data.
 
-Owns: the fields of that JSON that a report shows. Leaves out: measuring them (`moequant.evaluate`)
+Owns: the fields of that JSON that a report shows. Leaves out: measuring them (`moequant.routing`)
 and showing them.
 """
 
@@ -59,11 +59,7 @@ class Routing:
 
 
 def read_routing(path: Path) -> Routing:
-    """The routing analysis in `path`.
-
-    Raises:
-        UsageError: no such file, no JSON, or a field that is missing or not what it should be.
-    """
+    """The routing analysis in `path`; raises as `read_fields` and its fields do."""
     top = read_fields(path, COMMAND)
     texts = top.objects("texts")
     rows = [] if top.values.get("ablation") is None else top.objects("ablation")

@@ -8,6 +8,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from moequant.report.plots import Plot
 from moequant.report.routing import Ablation
 from moequant.tables.common import count, size
 
+NOT_FINITE = "not finite"
 OPEN_ROWS = 12  # a longer table is folded
 BARS = 12  # roles that the plot of sizes shows on their own
 FIDELITY = ["size", "bits per weight", "PPL", "PPL ratio", "KLD, mean", "KLD, median", "KLD, 99%",
@@ -117,16 +119,16 @@ def fidelity(data: ReportData) -> Section | None:
     evaluation = data.evaluation
     if evaluation is None:
         return None if data.perplexity is None else _perplexity(*data.perplexity)
-    names = [f"{_name(evaluation.reference)} (reference)"]
-    columns = [["", "", _pm(evaluation.reference_perplexity, 4), *[""] * 8]]
-    for model in evaluation.models:
-        names.append(_name(model.name))
-        columns.append(_fidelity_column(model))
+    names = [_name(model.name) for model in evaluation.models]
+    columns = [_fidelity_column(model) for model in evaluation.models]
     rows = [list(row) for row in zip(FIDELITY, *columns, strict=True)]
-    chat = ", as chat" if evaluation.chat else ""
+    read = evaluation.text
+    chat = ", as chat" if read.chat else ""
     text = (
-        f"On {_name(evaluation.text)}{chat}: {evaluation.windows} windows of {evaluation.length} "
-        f"tokens, {evaluation.tokens} tokens scored, by {evaluation.engine}. PPL: perplexity. "
+        f"On {_name(read.name)}{chat}: {read.windows} windows of {read.length} tokens, "
+        f"{read.tokens} tokens scored, by {evaluation.engine}. The reference, "
+        f"{_name(evaluation.reference)}, has PPL {_pm(evaluation.reference_perplexity, '.4f')}. "
+        "PPL: perplexity. "
         "KLD: Kullback-Leibler divergence of the file's next-token distribution from the "
         "reference's, in nats. Top-1: how often both rank the same token first. RMS Δp: change of "
         "the right token's probability. After ±: the standard error."
@@ -135,8 +137,10 @@ def fidelity(data: ReportData) -> Section | None:
 
 
 def _perplexity(before: Measured, after: Measured) -> Section:
-    change = f"{100 * (after.value / before.value - 1):+.2f}%"
-    rows = [["checkpoint", _pm(before, 4), ""], ["this file", _pm(after, 4), change]]
+    change = ""
+    if before.value and after.value is not None:
+        change = f"{_finite(100 * (after.value / before.value - 1), '+.2f')}%"
+    rows = [["checkpoint", _pm(before, ".4f"), ""], ["this file", _pm(after, ".4f"), change]]
     text = "Perplexity on the same text, measured by the export. After ±: the standard error."
     return Section("Fidelity", text,
                    tables=[Table("Perplexity", ["model", "PPL", "change"], rows)])  # fmt: skip
@@ -144,12 +148,11 @@ def _perplexity(before: Measured, after: Measured) -> Section:
 
 def _fidelity_column(model: ModelFidelity) -> list[str]:
     """The values of FIDELITY for one model."""
-    kld = [f"{model.kld[name]:.3g}" for name in ("median", "p99", "p999", "max")]
+    kld = [_finite(model.kld[name], ".3g") for name in ("median", "p99", "p999", "max")]
     return [
-        size(model.nbytes), f"{model.bpw:.2f}", _pm(model.perplexity, 4), _pm(model.ppl_ratio, 4),
-        _pm(Measured(model.kld["mean"], model.kld["stderr"]), 5), *kld,
-        f"{100 * model.top1.value:.2f} ± {100 * model.top1.stderr:.2f}%",
-        f"{100 * model.delta_p_rms.value:.2f} ± {100 * model.delta_p_rms.stderr:.2f}%",
+        size(model.nbytes), f"{model.bpw:.2f}", _pm(model.perplexity, ".4f"),
+        _pm(model.ppl_ratio, ".4f"), _pm(Measured(model.kld["mean"], model.kld["stderr"]), ".5f"),
+        *kld, _pm(model.top1, ".2%"), _pm(model.delta_p_rms, ".2%"),
     ]  # fmt: skip
 
 
@@ -158,12 +161,14 @@ def kld(data: ReportData) -> Section | None:
     if data.evaluation is None or data.evaluation.models[0].histogram is None:
         return None
     model = data.evaluation.models[0]
-    marks = {label: model.kld[name] for name, label in MARKS.items()}
-    said = ", ".join(f"{label} {value:.3g}" for label, value in marks.items())
-    label = f"Histogram of KLD over scored tokens: {said}, largest {model.kld['max']:.3g} nats."
+    named = {label: model.kld[name] for name, label in MARKS.items()}
+    said = ", ".join(f"{label} {_finite(value, '.3g')}" for label, value in named.items())
+    largest = _finite(model.kld["max"], ".3g")
+    label = f"Histogram of KLD over scored tokens: {said}, largest {largest} nats."
+    marks = {label: value for label, value in named.items() if value is not None}
     assert model.histogram is not None
     plot = plots.kld_distribution(model.histogram, marks, label)
-    rows = [[name, f"{value:.4g}"] for name, value in model.kld.items()]
+    rows = [[name, _finite(value, ".4g")] for name, value in model.kld.items()]
     table = Table("KLD in nats", ["", "value"], rows)
     return Section("Distribution of the KLD", label, [plot], [table])
 
@@ -174,16 +179,16 @@ def errors_by_layer(data: ReportData) -> Section | None:
         return None
     models = [(_name(m.name), m.layers) for m in data.evaluation.models if m.layers]
     layers = models[0][1]
-    worst = max(layers, key=lambda layer: layer.hidden_nmse)
+    worst = max(layers, key=lambda row: np.inf if row.hidden_nmse is None else row.hidden_nmse)
     label = (f"NMSE of hidden states by layer, {len(layers)} layers: largest "
-             f"{worst.hidden_nmse:.3g} after layer {worst.layer}.")  # fmt: skip
+             f"{_finite(worst.hidden_nmse, '.3g')} after layer {worst.layer}.")  # fmt: skip
     shown = [plots.layer_errors(models, label)]
     overlap = [row.router_overlap for row in layers if row.router_overlap is not None]
     if overlap:
         said = f"Router overlap by layer: from {min(overlap):.1%} to {max(overlap):.1%}."
         shown.append(plots.router_overlap(layers, said))
     rows = [
-        [str(row.layer), f"{row.hidden_nmse:.3g}", _maybe(row.own_nmse, ".3g"),
+        [str(row.layer), _finite(row.hidden_nmse, ".3g"), _maybe(row.own_nmse, ".3g"),
          _maybe(row.router_overlap, ".1%")] for row in layers
     ]  # fmt: skip
     table = Table("Error by layer", ["layer", "NMSE", "alone", "router overlap"], rows, words=0)
@@ -243,7 +248,7 @@ def bits(data: ReportData) -> Section | None:
     label = (f"Bits per weight of {len(data.bits.rows)} kinds of matrices in "
              f"{len(data.bits.columns)} layers: from {low:.2f} to {high:.2f}.")  # fmt: skip
     plot = plots.heat_map(
-        data.bits, label, rows="", columns="layer", scale="bits per weight (16: or more)",
+        data.bits, label, rows="", columns="layer", scale="bits per weight",
         norm=plots.bits_norm(data.bits.values),
     )  # fmt: skip
     table = _grid_table("Bits per weight", data.bits, "tensor, layer →", ".2f")
@@ -388,8 +393,16 @@ def _grid_table(caption: str, grid: Grid, corner: str, form: str) -> Table:
     return Table(caption, [corner, *grid.columns], rows)
 
 
-def _pm(measured: Measured, digits: int) -> str:
-    return f"{measured.value:.{digits}f} ± {measured.stderr:.{digits}f}"
+def _pm(measured: Measured, form: str) -> str:
+    """A value and its standard error, in `form`; a per cent sign stands once, at the end."""
+    if measured.value is None:
+        return NOT_FINITE
+    value, error = _finite(measured.value, form), _finite(measured.stderr, form)
+    return f"{value.removesuffix('%')} ± {error}"
+
+
+def _finite(value: float | None, form: str) -> str:
+    return format(value, form) if value is not None and isfinite(value) else NOT_FINITE
 
 
 def _maybe(value: float | None, form: str) -> str:

@@ -4,7 +4,8 @@ Owns: sizes, the colours that the page's style sheet defines, what is cut from m
 Leaves out: what is drawn (`plots`).
 
 A figure is drawn in stand-in colours, each of which becomes a CSS variable. Text stays text. Two
-runs give the same bytes: ids are salted with the figure's own label, and no date is written.
+runs give the same bytes: ids are salted with the figure's label and width, which no other drawing
+of a page shares, and no date is written.
 """
 
 import io
@@ -78,9 +79,9 @@ def place(figure: Figure, left: float, top: float, width: float, height: float) 
 def to_svg(figure: Figure, label: str) -> Markup:
     """The figure as an `<svg>` element for an HTML page, with `label` as its text alternative."""
     written = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": label}):
-        figure.savefig(written, format="svg", metadata={"Date": None})
     width, height = figure.get_size_inches() * UNITS_PER_INCH
+    with matplotlib.rc_context({"svg.hashsalt": f"{width:.0f} {label}"}):
+        figure.savefig(written, format="svg", metadata={"Date": None})
     svg = _FONT.sub("", _PROLOGUE.sub("", written.getvalue()))
     svg = _BREAK_IN_DATA.sub(lambda data: data[0].replace("\n", ""), svg)
     svg = _ID.sub(lambda found: found[0] if f"#{found[1]}" in svg else "", svg)

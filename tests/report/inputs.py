@@ -5,11 +5,12 @@ evaluate --json` and `moequant routing --json` print, which `test_real` checks a
 """
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType
 
 from moequant.gguf_export.writer import MetadataEntry, TensorToWrite, write_gguf
 
@@ -93,6 +94,32 @@ def shares(layers: int, experts: int) -> np.ndarray:
     return load / load.sum(1, keepdims=True)
 
 
+def stored(model: Path) -> list[dict[str, Any]]:
+    """The tensors of a file, read by gguf-py, as an evaluation lists them: banks as one."""
+    found: dict[str, dict[str, Any]] = {}
+    for read in GGUFReader(model).tensors:
+        name, qtype = re.sub(r"\.bank[0-9]+", "", read.name), read.tensor_type.name
+        if name.endswith(".bank_map"):
+            continue
+        layer = re.match(r"blk\.([0-9]+)\.", name)
+        new = {"name": name, "qtype": qtype, "nbytes": 0,
+               "layer": None if layer is None else int(layer[1]),
+               "nmse": 0.003 if "ffn_gate_up" in name else None}  # fmt: skip
+        row = found.setdefault(name, new)
+        if qtype not in row["qtype"].split("+"):
+            row["qtype"] += f"+{qtype}"
+        row["nbytes"] += int(read.n_bytes)
+    return list(found.values())
+
+
+def sizes(model: Path) -> dict[str, Any]:
+    """`bytes` and `bpw` of a file, counted by gguf-py's reader; maps of banks hold no weights."""
+    tensors = GGUFReader(model).tensors
+    nbytes = sum(int(tensor.n_bytes) for tensor in tensors)
+    weights = sum(int(tensor.n_elements) for tensor in tensors if "bank_map" not in tensor.name)
+    return {"bytes": nbytes, "bpw": 8 * nbytes / weights}
+
+
 def model_json(name: str, layers: int, error: float) -> dict[str, Any]:
     """One row of an evaluation: `error` is about its mean KLD."""
     random = np.random.default_rng(7)
@@ -113,20 +140,22 @@ def model_json(name: str, layers: int, error: float) -> dict[str, Any]:
         "layers": [{"layer": i, "hidden_nmse": float(own[: i + 1].sum()),
                     "own_nmse": float(own[i]), "router_overlap": float(1 - 2 * own[i])}
                    for i in range(layers)],
-        "tensors": [{"name": f"blk.{i}.ffn_gate_up_exps.weight", "qtype": "Q4_K", "nbytes": 2304,
-                     "layer": i, "nmse": 0.003 + i * 1e-5} for i in range(layers)],
+        "tensors": [],
         "worst_layers": list(range(layers))[-3:],
         "worst_tensors": [f"blk.{i}.ffn_gate_up_exps.weight" for i in range(layers)][-3:],
     }  # fmt: skip
 
 
-def evaluation_json(file: str = "model.gguf", layers: int = 2) -> dict[str, Any]:
+def evaluation_json(model: Path, layers: int = 2) -> dict[str, Any]:
+    """An evaluation of the file `model`, which has that many layers."""
+    measured = model_json(model.name, layers, 0.0105) | sizes(model)
+    measured["tensors"] = stored(model)
     return {
-        "file": file, "reference": "org/made-up", "engine": "moequant",
+        "file": model.name, "reference": "org/made-up", "engine": "moequant",
         "text": {"name": "held-out.txt", "chat": False, "windows": 40, "length": 512,
                  "tokens_scored": 10200},
         "notes": [], "reference_perplexity": {"ppl": 11.27, "stderr": 0.3},
-        "models": [model_json("model.gguf", layers, 0.0105), model_json("nf4", 0, 0.031)],
+        "models": [measured, model_json("nf4", 0, 0.031)],
     }  # fmt: skip
 
 

@@ -34,6 +34,15 @@ OVERFLOW = """(document, window) => {
                                    * scale(text))),
           outside: outside.map(text => text.textContent)};
 }"""
+TABLE = """(document, window) => {
+  const box = document.querySelector("#fidelity .scroll"), cells = "tr > :nth-child(";
+  const edges = n => [...box.querySelectorAll(`${cells}${n})`)].map(c => c.getBoundingClientRect());
+  const file = Math.max(...edges(2).map(cell => cell.right));
+  box.scrollLeft = 1000;
+  return {file, names: edges(1).map(cell => cell.left), next: edges(2).map(cell => cell.left),
+          head: [...box.querySelectorAll("th")].map(cell => cell.textContent),
+          seen: box.getBoundingClientRect().left};
+}"""
 CONTRAST = """(document, window) => {
   const channel = value => (value /= 255) <= 0.04045 ? value / 12.92
                                                       : Math.pow((value + 0.055) / 1.055, 2.4);
@@ -61,7 +70,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = write_model(folder / "model.gguf", 60, 128, banked=True,
                        metadata={"general.name": HOSTILE})  # fmt: skip
     evaluation, routing = folder / "evaluation.json", folder / "routing.json"
-    evaluation.write_text(json.dumps(evaluation_json("model.gguf", 60)))
+    evaluation.write_text(json.dumps(evaluation_json(file, 60)))
     routing.write_text(json.dumps(routing_json(60, 128)))
     write_report(folder / "model.html", gather(file, evaluation, routing))
     return folder / "model.html"
@@ -88,6 +97,23 @@ def test_nothing_overflows_and_letters_stay_large(page: Path, width: int) -> Non
     assert found["texts"] > 100
     assert found["font"] >= 12
     assert found["outside"] == []
+
+
+def test_the_files_own_figures_come_first_and_are_seen_on_a_phone(page: Path) -> None:
+    """The names of the rows stay where they are as the table is moved to the baselines."""
+    data = json.loads((page.parent / "evaluation.json").read_text())
+    long = "a-model-with-a-name-of-many-letters_in_places_without_any_break-Q4_K_M.gguf"
+    for number, model in enumerate(data["models"]):
+        model["name"] = f"{number}-{long}"
+    evaluation = page.parent / "names.json"
+    evaluation.write_text(json.dumps(data))
+    narrow = page.with_name("names.html")
+    write_report(narrow, gather(page.with_suffix(".gguf"), evaluation))
+    found = browser.measure(narrow, TABLE, 390)
+    assert found["head"] == ["", f"0-{long}", f"1-{long}"]
+    assert found["file"] <= 390
+    assert set(found["names"]) == {found["seen"]}
+    assert min(found["next"]) < found["seen"] + 100  # it was moved
 
 
 @pytest.mark.parametrize(("scheme", "dark"), [(browser.LIGHT, False), (browser.DARK, True)])

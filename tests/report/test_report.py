@@ -3,18 +3,23 @@
 import json
 import math
 import re
+import unicodedata
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from matplotlib.colors import Normalize
 
 from moequant.cli import main
 from moequant.errors import GGUFError, UsageError
 from moequant.gguf_file import read_model
 from moequant.report import Measured, gather, render
-from moequant.report.model_file import bits_by_expert, bits_by_tensor
+from moequant.report.model_file import Grid, bits_by_expert, bits_by_tensor
+from moequant.report.plots import heat_map
+from tests.gguf_files import split
 from tests.report.inputs import evaluation_json, routing_json, shares, tensor, write_model
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> $x^2 & \x07 日本"
@@ -62,7 +67,7 @@ def test_sections_without_data_are_left_out_and_said_how_to_get(model: Path) -> 
 
 
 def test_everything_measured_is_shown(model: Path, tmp_path: Path) -> None:
-    evaluation = write(tmp_path / "evaluation.json", evaluation_json())
+    evaluation = write(tmp_path / "evaluation.json", evaluation_json(model))
     routing = write(tmp_path / "routing.json", routing_json())
     page = render(gather(model, evaluation, routing))
     assert headings(page)[:4] == [
@@ -88,7 +93,7 @@ def test_strings_of_a_file_never_become_markup(tmp_path: Path) -> None:
     names = (f"blk.0.{HOSTILE}.weight", f"{HOSTILE}.weight")
     extra = tuple(tensor(name, (4096, 256), "F32") for name in names)
     file = write_model(tmp_path / "model.gguf", metadata=keys, extra=extra)
-    evaluation, routing = evaluation_json(), routing_json()
+    evaluation, routing = evaluation_json(file), routing_json()
     evaluation |= {"reference": HOSTILE, "notes": [HOSTILE], "engine": HOSTILE, "file": HOSTILE}
     evaluation["text"]["name"] = evaluation["models"][0]["name"] = HOSTILE
     evaluation["models"][0]["worst_tensors"] = [names[0], "\ud800"]
@@ -103,7 +108,7 @@ def test_strings_of_a_file_never_become_markup(tmp_path: Path) -> None:
 
 
 def test_page_refers_to_nothing_outside_itself(model: Path, tmp_path: Path) -> None:
-    evaluation = write(tmp_path / "evaluation.json", evaluation_json())
+    evaluation = write(tmp_path / "evaluation.json", evaluation_json(model))
     page = render(gather(model, evaluation))
     found = Elements(page)
     links = [value or "" for _, attributes in found.tags for name, value in attributes.items()
@@ -115,11 +120,12 @@ def test_page_refers_to_nothing_outside_itself(model: Path, tmp_path: Path) -> N
 
 
 def test_ids_are_unique_and_every_plot_has_a_text_alternative(model: Path, tmp_path: Path) -> None:
-    evaluation = write(tmp_path / "evaluation.json", evaluation_json())
+    evaluation = write(tmp_path / "evaluation.json", evaluation_json(model))
     routing = write(tmp_path / "routing.json", routing_json())
     found = Elements(render(gather(model, evaluation, routing)))
-    ids = [attributes["id"] for tag, attributes in found.tags
-           if "id" in attributes and tag in ("section", "g", "svg")]  # fmt: skip
+    ids = [attributes["id"] for _, attributes in found.tags
+           if "id" in attributes]  # fmt: skip
+    assert len(ids) > 20
     assert len(ids) == len(set(ids))
     plots = [attributes for tag, attributes in found.tags if tag == "svg"]
     assert len(plots) >= 10
@@ -130,7 +136,7 @@ def test_ids_are_unique_and_every_plot_has_a_text_alternative(model: Path, tmp_p
 
 
 def test_the_same_inputs_give_the_same_page(model: Path, tmp_path: Path) -> None:
-    evaluation = write(tmp_path / "evaluation.json", evaluation_json())
+    evaluation = write(tmp_path / "evaluation.json", evaluation_json(model))
     assert render(gather(model, evaluation)) == render(gather(model, evaluation))
 
 
@@ -182,7 +188,7 @@ def test_expert_use_is_relative_to_an_even_share(model: Path) -> None:
 def test_a_wrong_field_of_an_evaluation_is_named(
     model: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
-    path = write(tmp_path / "evaluation.json", evaluation_json() | change)
+    path = write(tmp_path / "evaluation.json", evaluation_json(model) | change)
     with pytest.raises(UsageError, match=rf"evaluation\.json: .*{message}"):
         gather(model, path)
 
@@ -191,7 +197,7 @@ def test_a_wrong_field_of_an_evaluation_is_named(
 def test_edges_that_do_not_fit_their_counts_are_named(
     model: Path, tmp_path: Path, edges: list[int]
 ) -> None:
-    data = evaluation_json()
+    data = evaluation_json(model)
     data["models"][0]["kld_histogram"] = {"edges": edges, "counts": [1, 1]}
     with pytest.raises(UsageError, match=r"models\[0\].kld_histogram.edges is .*, not 3 rising"):
         gather(model, write(tmp_path / "evaluation.json", data))
@@ -205,19 +211,150 @@ def test_what_is_no_json_object_is_said_so(model: Path, tmp_path: Path, text: st
         gather(model, path)
 
 
-def test_json_of_another_model_is_refused(model: Path, tmp_path: Path) -> None:
-    strangers = write(tmp_path / "evaluation.json", evaluation_json(layers=3))
-    with pytest.raises(UsageError, match=r"about another file.*1 tensors.*\n  - blk\.2\."):
-        gather(model, strangers)
+def test_an_evaluation_of_another_file_is_refused(model: Path, tmp_path: Path) -> None:
+    """The same model, quantized otherwise, exported over the file that was measured."""
+    path = write(tmp_path / "evaluation.json", evaluation_json(model))
+    gather(model, path)
+    before = read_model(model)
+    write_model(model, extra=(tensor("output.weight", (64, 256), "Q8_0"),))
+    data, found = evaluation_json(model), read_model(model)
+    nbytes = [sum(t.nbytes for t in file.tensors.values()) for file in (before, found)]
+    with pytest.raises(UsageError) as refused:
+        gather(model, path)
+    assert f"{path} is about another file than {model}:" in str(refused.value)
+    assert f"{nbytes[0]} bytes there, {nbytes[1]} bytes in the file" in str(refused.value)
+    assert f"moequant evaluate {model} --reference org/made-up --save {path}" in str(refused.value)
+    gather(model, write(path, data))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bytes": 7_300_000}, "all tensors: 7300000 bytes there, 44224 bytes in the file"),
+        ({"bpw": 5.17}, r"bits per weight: 5\.1700 there, 6\.4579 in the file"),
+        ({"name": "blk.0.attn_q.weight", "qtype": "Q5_0"},
+         r"blk\.0\.attn_q\.weight: Q5_0, 4608 bytes there; Q4_K, 4608 bytes in the file"),
+        ({"name": "blk.1.attn_q.weight", "nbytes": 1},
+         r"blk\.1\.attn_q\.weight: Q4_K, 1 bytes there; Q4_K, 4608 bytes in the file"),
+        ({"name": "blk.2.attn_q.weight"}, r"blk\.2\.attn_q\.weight: not in the file"),
+    ],
+)  # fmt: skip
+def test_each_figure_of_another_file_is_named(
+    model: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    data = evaluation_json(model)
+    row = data["models"][0]
+    if "name" in change:
+        row["tensors"] = [{"qtype": "Q4_K", "nbytes": 4608, "nmse": None} | change]
+    else:
+        row |= change
+    with pytest.raises(UsageError, match=message):
+        gather(model, write(tmp_path / "evaluation.json", data))
+
+
+def test_tensors_in_banks_or_halves_are_those_that_were_measured(tmp_path: Path) -> None:
+    """An evaluation names whole tensors, where the file has banks, or gate and up apart."""
+    halves = [tensor(f"blk.2.ffn_{half}_exps.weight", (4, 4, 256), qtype)
+              for half, qtype in (("gate", "Q4_K"), ("up", "Q6_K"))]  # fmt: skip
+    file = write_model(tmp_path / "model.gguf", banked=True, extra=tuple(halves))
+    data = evaluation_json(file)
+    rows = [t for t in data["models"][0]["tensors"] if not t["name"].startswith("blk.2.")]
+    assert "Q8_0+Q4_0" in [row["qtype"] for row in rows]
+    whole = {"name": "blk.2.ffn_gate_up_exps.weight", "qtype": "Q4_K+Q6_K", "layer": 2,
+             "nbytes": sum(half.nbytes for half in halves), "nmse": None}  # fmt: skip
+    data["models"][0]["tensors"] = [*rows, whole]
+    gather(file, write(tmp_path / "evaluation.json", data))
+    whole["nbytes"] += 1
+    with pytest.raises(UsageError, match=r"blk\.2\.ffn_gate_up_exps\.weight: Q4_K\+Q6_K"):
+        gather(file, write(tmp_path / "evaluation.json", data))
+
+
+def test_a_routing_of_another_model_is_refused(tmp_path: Path) -> None:
+    """By the routers, which a file without calibration has, too."""
+    file = write_model(tmp_path / "model.gguf", metadata={"moequant.experts.layers": "none"})
     experts = write(tmp_path / "routing.json", routing_json(experts=8))
     with pytest.raises(UsageError, match="layer 0 has 8 experts there and 4 in the file"):
-        gather(model, None, experts)
+        gather(file, None, experts)
+
+
+def test_a_split_file_is_one_model(model: Path, tmp_path: Path) -> None:
+    first = split(model, tmp_path / "shards", 4)
+    assert len(list(first.parent.iterdir())) > 2
+    data = gather(first, write(tmp_path / "evaluation.json", evaluation_json(model)))
+    assert data.bits is not None
+    assert data.bits.columns == ["0", "1"]
+    assert data.inspection.nbytes == gather(model).inspection.nbytes
+    assert "Fidelity" in headings(render(data))
+
+
+def test_what_is_not_finite_is_said_so(model: Path, tmp_path: Path) -> None:
+    """null stands for NaN and infinity; fields nobody knows are passed over."""
+    data = evaluation_json(model) | {
+        "new": {},
+        "reference_perplexity": {"ppl": None, "stderr": None},
+    }
+    row = data["models"][0]
+    row |= {
+        "perplexity": {"ppl": None, "stderr": None, "new": 1},
+        "ppl_ratio": {"value": 1.5, "stderr": None},
+        "kld_histogram": None,
+        "worst_tensors": [],
+        "new": [],
+    }
+    row["kld"] = dict.fromkeys(row["kld"]) | {"token_stderr": None}
+    row["layers"][1]["hidden_nmse"] = None
+    row["tensors"][0] |= {"nmse": None, "new": "?"}
+    page = render(gather(model, write(tmp_path / "evaluation.json", data)))
+    assert "The reference, org/made-up, has PPL not finite." in page
+    assert "<td>1.5000 ± not finite</td>" in page
+    assert "<td>PPL</td><td>not finite</td>" in page
+    assert "largest not finite after layer 1" in page
+    assert not re.search(r"\bnan\b|\binf\b|\bNone\b", page)
+
+
+def test_no_control_character_and_no_change_of_direction_reaches_the_page(tmp_path: Path) -> None:
+    """None that HTML forbids, and none that shows a text in another order than it has."""
+    hostile = "a\x1b[31mb\x00c\x85d\u202egnp.exe\u2066e\ufffef\U0010ffffg\rh\x7f"
+    extra = (tensor(f"blk.0.{hostile}.weight", (4096, 256), "F32"),)
+    metadata = {"general.name": hostile, "general.license": hostile}
+    file = write_model(tmp_path / "model.gguf", metadata=metadata, extra=extra)
+    data = evaluation_json(file)
+    data["reference"] = data["models"][1]["name"] = hostile
+    page = render(gather(file, write(tmp_path / "evaluation.json", data)))
+    forbidden = [c for c in set(page) if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Cn")]
+    assert forbidden == ["\n"]
+    assert page.count("gnp.exe") > 5
+
+
+def test_scales_say_that_they_are_logarithmic_cut_or_clipped(tmp_path: Path) -> None:
+    file = write_model(tmp_path / "model.gguf")
+    data = evaluation_json(file)
+    page = render(gather(file, write(tmp_path / "evaluation.json", data)))
+    for said in ("KLD in nats (log scale)", "NMSE of hidden states (log scale)",
+                 "bits per weight (log scale)", "overlap (axis from 80%)"):  # fmt: skip
+        assert said in page
+    assert ">≥ 16<" in page
+    for row in data["models"][0]["layers"]:
+        row |= {"hidden_nmse": 0.0, "router_overlap": 0.3}
+    data["models"][0]["kld_histogram"] = {"edges": [0.0, 0.1], "counts": [1]}
+    plain = render(gather(file, write(tmp_path / "evaluation.json", data)))
+    assert "KLD in nats<" in plain
+    assert "NMSE of hidden states<" in plain
+    assert "overlap<" in plain
+
+
+@pytest.mark.parametrize(("most", "end"), [(1.5, "2"), (2.0, "2"), (2.04, "≥ 2")])
+def test_the_end_of_a_colour_scale_says_whether_values_lie_past_it(most: float, end: str) -> None:
+    grid = Grid(["0"], list("abcd"), np.array([[0.5, 1.0, 1.0, most]]))
+    norm = Normalize(0, 2)
+    plot = heat_map(grid, "label", rows="", columns="", scale="", norm=norm)
+    assert f">{end}<" in plot.wide
 
 
 def test_degenerate_numbers_are_drawn(tmp_path: Path) -> None:
     """No error at all, one value in every cell, one layer, nothing counted: still a page."""
     file = write_model(tmp_path / "model.gguf", 1, 4)
-    evaluation, routing = evaluation_json(layers=1), routing_json(1)
+    evaluation, routing = evaluation_json(file, 1), routing_json(1)
     first = evaluation["models"][0]
     first["layers"] = [{"layer": 0, "hidden_nmse": 0.0, "own_nmse": 0.0, "router_overlap": 1.0}]
     first["kld"] = dict.fromkeys(first["kld"], 0.0)
@@ -245,7 +382,9 @@ def test_command_writes_beside_the_file_and_never_over_it(model: Path) -> None:
 
 
 def test_command_takes_an_evaluation_that_names_its_file(model: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "evaluation.json", evaluation_json(f"elsewhere/{model.name}"))
+    source = write(
+        tmp_path / "evaluation.json", evaluation_json(model) | {"file": f"elsewhere/{model.name}"}
+    )
     result = CliRunner().invoke(main, ["report", str(source)])
     assert result.exit_code == 0, result.output
     assert "Fidelity" in model.with_suffix(".html").read_text("utf-8")
@@ -253,6 +392,19 @@ def test_command_takes_an_evaluation_that_names_its_file(model: Path, tmp_path: 
     gone = CliRunner().invoke(main, ["report", str(source), "--force"])
     assert gone.exit_code == 2
     assert "which is not there" in gone.output
+
+
+def test_command_prints_json(model: Path, tmp_path: Path) -> None:
+    data = evaluation_json(model) | {"file": "old.gguf", "notes": ["no \x1b[31mred"]}
+    source, page = write(tmp_path / "evaluation.json", data), tmp_path / "page.html"
+    command = ["report", str(model), "--evaluation", str(source), "-o", str(page), "--json"]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["report"] == str(page)
+    assert found["notes"][0] == "no \x1b[31mred"
+    assert "names the file old.gguf" in found["notes"][1]
+    assert "\x1b" not in result.stderr
 
 
 def test_a_damaged_file_leaves_no_page(model: Path) -> None:
