@@ -47,6 +47,7 @@ class Footprint:
     token_experts: int
     expert_count: int
     expert_used_count: int
+    context_length: int | None = None  # tokens the model was made for, where the file tells
 
     @property
     def token(self) -> int:
@@ -107,7 +108,8 @@ def bench(
     Raises:
         GGUFError: a file that is damaged, or no model.
         LlamaCppError: llama.cpp cannot be built, or llama-bench failed.
-        UsageError: no file, or options that leave nothing to measure.
+        UsageError: no file, options that leave nothing to measure, or more tokens than a model was
+            made for.
     """
     if not paths:
         raise UsageError("no file to measure.")
@@ -116,12 +118,25 @@ def bench(
         return Bench(tuple(FileBench(one, None) for one in footprints), None, "")
     if options.runs == 0:
         raise UsageError("--prompt 0 and --generate 0 leave nothing to measure.")
-    chosen = tool or _pinned(report)
+    for one in footprints:
+        _check_context(one, options)
+    # a name without a folder would be looked for in $PATH; one that stands here is meant
+    chosen = (tool.absolute() if tool.exists() else tool) if tool else _pinned(report)
     files = []
     for number, one in enumerate(footprints, 1):
         run = run_llama_bench(chosen, one.path, options, _numbered(progress, number, len(paths)))
         files.append(FileBench(one, run))
     return Bench(tuple(files), options, _build(tool, files[0].run))
+
+
+def _check_context(footprint: Footprint, options: BenchOptions) -> None:
+    longest = footprint.context_length
+    if longest is not None and options.context > longest:
+        raise UsageError(
+            f"{footprint.path} was made for {longest} tokens at most; --depth {options.depth} with "
+            f"--prompt {options.prompt} and --generate {options.generate} (each behind the depth) "
+            f"needs {options.context}. Choose smaller numbers."
+        )
 
 
 def read_footprint(path: Path) -> Footprint:
@@ -150,6 +165,7 @@ def read_footprint(path: Path) -> Footprint:
         token_experts=_routed_bytes(file, architecture, experts),
         expert_count=max((total for total, _ in counts), default=0),
         expert_used_count=max((used for _, used in counts), default=0),
+        context_length=_of_layer(file.metadata.get(f"{architecture}.context_length"), None),
     )
 
 

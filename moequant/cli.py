@@ -56,6 +56,9 @@ def _terminate(*_: Any) -> NoReturn:
 def main() -> None:
     """Turn a Mixture-of-Experts checkpoint into a calibrated, quantized GGUF file.
 
+    Then measure the file against the checkpoint, see how its experts are used and what they cost,
+    write a report about it, and hand it on to Ollama.
+
     CHECKPOINT is a folder with config.json and safetensors, or a Hugging Face id (org/name, or
     org/name@revision). Memory holds one layer at a time, whatever the model's size.
     """

@@ -7,6 +7,7 @@ exit codes' use; only `moequant.cli` prints or exits.
 `exit_code` is 2 where the user's input or options are at fault, 1 where the work itself failed.
 """
 
+import unicodedata
 from collections.abc import Iterable
 
 
@@ -74,6 +75,12 @@ class OllamaError(MoequantError):
 
 class LlamaCppError(MoequantError):
     """The pinned llama.cpp could not be fetched, verified or built."""
+
+
+def plain(text: str) -> str:
+    """`text` with control characters but line breaks and tabs as escapes: safe on a terminal."""
+    return "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else f"\\x{ord(c):02x}"
+                   for c in text)  # fmt: skip
 
 
 def listing(offenders: Iterable[str], limit: int = 20) -> str:

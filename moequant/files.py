@@ -48,7 +48,11 @@ def check_target(path: Path, *, force: bool, needed: int = 0) -> None:
 
 
 def check_distinct(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
-    """UsageError if two outputs are one file, or an output is an input or a file in one."""
+    """UsageError if two outputs are one file, or an output is an input or a file below one.
+
+    Links are followed, of the outputs and inside the folders that are read. A new file in a folder
+    that is read is no input.
+    """
     seen: set[Path] = set()
     read = [path.resolve() for path in inputs]
     for path in outputs:
@@ -56,10 +60,24 @@ def check_distinct(outputs: Iterable[Path], inputs: Iterable[Path]) -> None:
         if resolved in seen:
             raise UsageError(f"{path} is named as the place of two outputs; name two files.")
         seen.add(resolved)
-        for source in read:
-            inside = source.is_dir() and resolved.parent == source and resolved.exists()
-            if resolved == source or inside:
-                raise UsageError(f"{path} belongs to what is read; choose another name.")
+        if any(_holds(source, path) for source in read):
+            raise UsageError(f"{path} belongs to what is read; choose another name.")
+
+
+def _holds(source: Path, path: Path) -> bool:
+    """Whether `path` is `source`, or exists below it: in itself, as a link, or behind a link."""
+    target = path.resolve()
+    if target == source:
+        return True
+    if not source.is_dir() or not os.path.lexists(path):
+        return False
+    named = path.parent.resolve() / path.name
+    links = (link.resolve() for link in source.rglob("*") if link.is_symlink())
+    return (
+        target.is_relative_to(source)
+        or named.is_relative_to(source)
+        or any(target.is_relative_to(linked) for linked in links)
+    )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Owns: which stage runs when, and what each hands to the next. Leaves out: all th
 the stages' own, and all printing, which is the CLI's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -15,7 +15,7 @@ from moequant.architectures import ModelSpec, describe
 from moequant.calibrate import CalibrationOptions, Imatrix, calibrate
 from moequant.calibrate.weights import WeightSource
 from moequant.checkpoint import Checkpoint
-from moequant.errors import ImatrixError, UsageError, listing
+from moequant.errors import ImatrixError, PlanError, UsageError, listing
 from moequant.evaluate.gguf_weights import GGUFWeights
 from moequant.evaluate.perplexity import Perplexity, perplexity
 from moequant.files import check_distinct, check_target
@@ -85,9 +85,10 @@ def export(
         MoequantError: anything its stages raise; nothing then stands under `path`.
     """
     check_device(options.device)
+    check_places(checkpoint.path, path, options)
     model = describe(checkpoint)
     plan = make_plan(checkpoint, model, options)
-    _check_targets(checkpoint, path, plan, options)
+    check_target(path, force=options.force, needed=plan.size_bytes)
     # before calibration, which may take hours: a tokenizer that is not served fails here
     metadata = gguf_metadata(model, checkpoint, file_type=PRESETS[plan.preset].file_type)
     imatrix = obtain_imatrix(checkpoint, model, plan, options, progress)
@@ -138,7 +139,10 @@ def make_plan(checkpoint: Checkpoint, model: ModelSpec, options: ExportOptions) 
     """The plan of `options`: read and checked against the model, or made from its preset."""
     if options.plan_file is not None:
         plan = Plan.read(options.plan_file)
-        plan.check(model)
+        try:
+            plan.check(model)
+        except PlanError as error:
+            raise PlanError(f"{error}{_remedy(checkpoint, 'plan')}") from error
         return plan
     has_imatrix = options.imatrix_file is not None or options.calibration is not None
     base = base_type(checkpoint, model)
@@ -169,7 +173,10 @@ def obtain_imatrix(
     """
     if options.imatrix_file is not None:
         imatrix = Imatrix.read(options.imatrix_file)
-        _check_imatrix(options.imatrix_file, imatrix, model)
+        try:
+            _check_imatrix(options.imatrix_file, imatrix, model)
+        except ImatrixError as error:
+            raise ImatrixError(f"{error}{_remedy(checkpoint, 'calibrate')}") from error
         return imatrix
     wanted = plan_uses_importance(plan) or options.save_imatrix is not None
     if options.calibration is None or not wanted:
@@ -229,6 +236,15 @@ def _check_imatrix(path: Path, imatrix: Imatrix, model: ModelSpec) -> None:
     imatrix.check((name, *sizes) for name, sizes in matrices.items())
 
 
+def _remedy(checkpoint: Checkpoint, command: str) -> str:
+    """How `command` makes a file that fits, where a part of a checkpoint is exported."""
+    if not checkpoint.part:
+        return ""
+    option = checkpoint.part.replace(" ", "-")
+    made = f"make the file with `moequant {command} --{option}`"
+    return f"\nThis export is {checkpoint.part}: {made}."
+
+
 def _unweighted(plan: Plan, imatrix: Imatrix | None) -> tuple[str, ...]:
     """Tensors that will be quantized without importance although there is an imatrix."""
     if imatrix is None:
@@ -263,16 +279,29 @@ def _source_bytes(checkpoint: Checkpoint, model: ModelSpec) -> int:
     return sum(info.stop - info.start for info in infos)
 
 
-def _check_targets(checkpoint: Checkpoint, path: Path, plan: Plan, options: ExportOptions) -> None:
-    """Every place that will be written to, before any work is done."""
+def check_places(
+    source: Path,
+    path: Path,
+    options: ExportOptions,
+    *,
+    written: Iterable[Path] = (),
+    read: Iterable[Path] = (),
+) -> None:
+    """Every place that an export of `source` to `path` writes to, before any work is done.
+
+    `written` and `read` are what the caller writes and reads besides, after the export.
+
+    Raises:
+        UsageError: two of the files are one, one is also read, or one cannot be written.
+    """
     if options.save_imatrix is not None and options.calibration is None:
         raise UsageError("--save-imatrix and --no-calibration exclude each other.")
     if options.save_imatrix is not None and options.imatrix_file is not None:
         raise UsageError("--save-imatrix has no use beside --imatrix.")
-    extras = [extra for extra in (options.save_imatrix, options.save_plan) if extra is not None]
+    saved = [extra for extra in (options.save_imatrix, options.save_plan) if extra is not None]
+    extras = [*saved, *written]
     texts = () if options.calibration is None else options.calibration.texts
     files = [file for file in (options.imatrix_file, options.plan_file) if file is not None]
-    check_distinct([path, *extras], [checkpoint.path, *files, *texts])
-    check_target(path, force=options.force, needed=plan.size_bytes)
-    for extra in extras:
-        check_target(extra, force=options.force)
+    check_distinct([path, *extras], [source, *files, *texts, *read])
+    for place in (path, *extras):
+        check_target(place, force=options.force)

@@ -281,9 +281,37 @@ def test_a_tool_that_is_none_is_refused(files: dict[str, Path], tmp_path: Path) 
     for body in ("echo '[]'", "echo '[{\"n_gen\": 1}]'", "echo '{}'"):
         wrong = script(tmp_path / "wrong", body)
         assert "cannot be read" in refused(1, model, "--llama-bench", wrong), body
+    silent = refused(1, model, "--llama-bench", "/bin/true")
+    assert "/bin/true" in silent and "probably no llama-bench" in silent
     killed = script(tmp_path / "killed", "echo no memory left >&2; kill -9 $$")
     message = refused(1, model, "--llama-bench", killed)
     assert "was stopped by signal 9" in message and "no memory left" in message
+
+
+def test_a_tool_in_the_folder_needs_no_slash(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(tmp_path / "my-bench", "echo hello")
+    monkeypatch.chdir(tmp_path)
+    assert "printed: hello" in refused(1, files["dense"], "--llama-bench", "my-bench")
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "1e308", "0", "-1"])
+def test_a_bandwidth_is_a_finite_number(files: dict[str, Path], value: str) -> None:
+    assert "--bandwidth" in refused(2, files["dense"], "--no-run", "--json", "--bandwidth", value)
+
+
+def test_more_tokens_than_the_model_was_made_for_are_refused(
+    files: dict[str, Path], tmp_path: Path
+) -> None:
+    tool = script(tmp_path / "tool", "echo hello")
+    longest = read_footprint(files["dense"]).context_length
+    assert longest is not None
+    depth = longest - 512
+    options = (files["dense"], "--llama-bench", tool, "--prompt", 512, "--generate", 16, "--depth")
+    message = refused(2, *options, depth + 1)
+    assert f"made for {longest} tokens" in message and f"needs {longest + 1}" in message
+    assert "printed: hello" in refused(1, *options, depth)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

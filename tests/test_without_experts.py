@@ -11,14 +11,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
 from moequant.architectures import describe
 from moequant.calibrate.forward import StreamedModel
 from moequant.checkpoint import Checkpoint, open_checkpoint
 from moequant.checkpoint.part import CheckpointPart
-from moequant.cli import main
 from moequant.errors import ArchitectureError, CheckpointError, UsageError
 from moequant.evaluate.perplexity import perplexity, text_windows
 from moequant.gguf_file import read_gguf
@@ -28,12 +26,12 @@ from moequant.without_experts import without_experts
 from tests.calibrate.models import described, reference, windows
 from tests.calibrate.test_forward import streamed_logits
 from tests.checkpoints import make_checkpoint
+from tests.command_line import SHORT, export_by_stages, run
 from tests.oracles.perplexity_tool import llama_perplexity
 
 ADDITIVE = ("gemma4-moe", "gemma4-additive", "gemma4-additive-some-layers",
             "gemma4-conditional-additive")  # fmt: skip
 DOWN, NORM = "mlp.down_proj.weight", "post_feedforward_layernorm_1.weight"
-SHORT = ("--calibration-tokens", "1024", "--sequence-length", "128", "--expert-floor", "8")
 
 
 def zero_experts(model: Any) -> None:
@@ -155,13 +153,6 @@ def test_stock_llama_cpp_runs_the_file_at_the_zeroed_models_perplexity(
     assert llama_perplexity(llama_cpp, path, text) == pytest.approx(zeroed_ppl, rel=0.005)
 
 
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
 @pytest.fixture(scope="module")
 def additive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint("gemma4-additive", tmp_path_factory.mktemp("dense") / "Tiny-3B-A1B")
@@ -185,15 +176,7 @@ def test_the_file_is_a_dense_one_and_says_what_it_is(additive: Path, tmp_path: P
 
 
 def test_the_stages_one_by_one_give_the_same_weights(additive: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole.gguf", tmp_path / "parts.gguf"
-    imatrix, plan = tmp_path / "dense.imatrix.gguf", tmp_path / "plan.json"
-    assert run("export", additive, "-o", whole, "--without-experts", *SHORT).exit_code == 0
-    assert run("calibrate", additive, "-o", imatrix, "--without-experts", *SHORT).exit_code == 0
-    assert run("plan", additive, "-o", plan, "--without-experts").exit_code == 0
-    result = run("export", additive, "-o", parts, "--without-experts", "--plan", plan,
-                 "--imatrix", imatrix)  # fmt: skip
-    assert result.exit_code == 0, result.output
-    assert "another checkpoint" not in result.output
+    whole, parts, imatrix = export_by_stages(additive, tmp_path, "--without-experts")
     one, other = read_gguf(whole), read_gguf(parts)
     assert one.tensors.keys() == other.tensors.keys()
     assert all((one.read(name) == other.read(name)).all() for name in one.tensors)
@@ -206,7 +189,19 @@ def test_an_imatrix_of_the_whole_model_is_refused(additive: Path, tmp_path: Path
     assert run("calibrate", additive, "-o", imatrix, *SHORT).exit_code == 0
     result = run("export", additive, "-o", path, "--without-experts", "--imatrix", imatrix)
     assert result.exit_code == 2 and "belongs to another model" in result.stderr
+    assert "`moequant calibrate --without-experts`" in " ".join(result.stderr.split())
     assert not path.exists()
+
+
+def test_a_plan_of_the_whole_model_is_refused_with_the_remedy(
+    additive: Path, tmp_path: Path
+) -> None:
+    plan, path = tmp_path / "whole.json", tmp_path / "dense.gguf"
+    assert run("plan", additive, "-o", plan).exit_code == 0
+    export = ("export", additive, "-o", path, "--plan", plan, "--no-calibration")
+    result = run(*export, "--without-experts")
+    assert result.exit_code == 2 and not path.exists()
+    assert "`moequant plan --without-experts`" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 Owns: its options. Leaves out: all work.
 """
 
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,21 @@ import click
 
 from moequant.commands.shared import err, json_option, out, print_json, progress_bars
 
+GB = 1e9
 RUN_ONLY = ("prompt", "generate", "depth", "repetitions", "threads", "gpu_layers", "tool")
 
 
-@click.command()
+def _finite(_: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
+    """`value`; an error for nan, and for what is inf or becomes it in bytes."""
+    if value is not None and not isfinite(value * GB):
+        raise click.BadParameter(f"{value} is no bandwidth in GB/s.", param=parameter)
+    return value
+
+
+@click.command(short_help="Measure speed, beside the bytes that a token touches.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE…", type=click.Path(path_type=Path))
 @click.option("--bandwidth", type=click.FloatRange(min=0, min_open=True), metavar="GB/S",
+              callback=_finite,
               help="Also print the speed that this memory bandwidth would allow.")  # fmt: skip
 @click.option("--prompt", type=click.IntRange(min=0), default=512, show_default=True, metavar="N",
               help="Tokens of the prompt; 0 leaves it out.")  # fmt: skip
@@ -62,7 +72,7 @@ def bench(
 
     with progress_bars(quiet=as_json) as progress:
         measured = measure(files, options, tool=tool, progress=progress, report=report)
-    per_second = None if bandwidth is None else bandwidth * 1e9
+    per_second = None if bandwidth is None else bandwidth * GB
     if as_json:
         print_json(bench_json(measured, per_second))
         return

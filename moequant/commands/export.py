@@ -67,15 +67,19 @@ def export(
     from moequant import pipeline
     from moequant.architectures import describe
     from moequant.evaluate.perplexity import text_windows
+    from moequant.files import check_target
+    from moequant.ollama import check_publish
     from moequant.tables import export as tables
 
     _refuse_idle_options(ctx)
     options = _export_options(arguments)
+    check_target(output, force=options.force)
     page = output.with_suffix(".html") if with_report else None
-    if page is not None:
-        _check_report(page, output, options)
+    written = [page] if page is not None else []
     if ollama_name is not None:
-        _check_ollama(ollama_name, output, force=options.force)
+        written.append(check_publish(output, ollama_name))
+    read = [text] if text is not None else []
+    pipeline.check_places(Path(checkpoint), output, options, written=written, read=read)
     opened = open_checkpoint(checkpoint, dense_part=without_experts)
     windows = None if text is None else text_windows(opened.path, text, spec=describe(opened))
     with progress_bars(quiet=as_json) as progress:
@@ -90,7 +94,8 @@ def export(
         if page is not None:
             data["report"] = str(page)
         if ollama_name is not None:
-            data["ollama"] = _publish(ollama_name, result.path, quiet=True).to_json()
+            _print_with_ollama(data, ollama_name, result.path)
+            return
         print_json(data)
         return
     for table in tables.export_tables(result, fidelity):
@@ -104,15 +109,6 @@ def export(
             out.print(table, soft_wrap=True)
 
 
-def _check_report(page: Path, output: Path, options: Any) -> None:
-    """What can be known of --report before the export."""
-    from moequant.files import check_distinct, check_target
-
-    others = [path for path in (options.save_imatrix, options.save_plan) if path is not None]
-    check_distinct([output, page, *others], [])
-    check_target(page, force=options.force)
-
-
 def _write_report(page: Path, path: Path, fidelity: Any) -> None:
     from moequant.report import Measured, gather, write_report
 
@@ -123,14 +119,16 @@ def _write_report(page: Path, path: Path, fidelity: Any) -> None:
     write_report(page, gather(path, perplexity=perplexity))
 
 
-def _check_ollama(name: str, output: Path, *, force: bool) -> None:
-    """What can be known of --ollama before the export, which may take hours."""
-    from moequant.files import check_distinct, check_target
-    from moequant.ollama import check_name, modelfile_path
+def _print_with_ollama(data: dict[str, Any], name: str, path: Path) -> None:
+    """JSON of an export and of what Ollama said, also where that is an error (exit code 1)."""
+    from moequant.errors import MoequantError, OllamaError
 
-    check_name(name)
-    check_distinct([output, modelfile_path(output)], [])
-    check_target(modelfile_path(output), force=force)
+    try:
+        data["ollama"] = _publish(name, path, quiet=True).to_json()
+    except MoequantError as error:
+        print_json({**data, "ollama": {"error": str(error)}})
+        raise OllamaError(str(error)) from error
+    print_json(data)
 
 
 def _publish(name: str, path: Path, *, quiet: bool = False) -> Any:
@@ -167,7 +165,7 @@ def _export_options(arguments: dict[str, Any]) -> Any:
     return ExportOptions(calibration=None if no_calibration else calibration, **arguments)
 
 
-@click.command()
+@click.command(short_help="Measure importance and write it as an imatrix.")
 @click.argument("checkpoint")
 @output_option
 @without_experts_option
@@ -205,7 +203,7 @@ def calibrate(
         out.print(table)
 
 
-@click.command()
+@click.command(short_help="Write the type of every tensor to a file, to edit it.")
 @click.argument("checkpoint")
 @output_option
 @quant_option

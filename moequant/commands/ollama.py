@@ -11,7 +11,7 @@ import click
 from moequant.commands.shared import force_option, json_option, out, print_json, progress_bars
 
 
-@click.command()
+@click.command(short_help="Write a Modelfile; create the model if Ollama answers.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.argument("name")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="MODELFILE",

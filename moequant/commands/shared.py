@@ -4,8 +4,9 @@ Owns: these. Leaves out: the commands themselves, and all work.
 """
 
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from moequant.calibration_options import COMPUTE_DTYPES, CalibrationOptions
+from moequant.errors import plain
 
 if TYPE_CHECKING:
     from moequant.checkpoint import Checkpoint
@@ -22,9 +25,19 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 LOG_WIDTH = 120  # columns of a table that goes to a file or a pipe
 
-# No markup: names of files and tensors may hold brackets.
-out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else LOG_WIDTH)
-err = Console(stderr=True, highlight=False, markup=False)
+
+class _Console(Console):
+    """Prints text as it is: names of files and tensors may hold brackets, colons, escape codes."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False, **options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(plain(text), **options)
+
+
+out = _Console(width=None if sys.stdout.isatty() else LOG_WIDTH)
+err = _Console(stderr=True)
 
 output_option = click.option("-o", "--output", required=True, type=click.Path(path_type=Path))
 force_option = click.option("--force", is_flag=True, help="Replace files that exist.")
@@ -98,7 +111,18 @@ def open_checkpoint(checkpoint: str, *, dense_part: bool = False) -> "Checkpoint
 
 
 def print_json(data: Any) -> None:
-    click.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    """JSON on stdout; NaN and Inf, which it has no numbers for, become null."""
+    click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, float):
+        return data if math.isfinite(data) else None
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return data
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import numpy as np
 from moequant.errors import UsageError
 from moequant.expert_banks import is_bank_part
 from moequant.gguf_file import GGUFFile
-from moequant.ollama.modelfile import Modelfile, Value
+from moequant.ollama.modelfile import Modelfile, Value, writable
 from moequant.ollama.templates import ChatTemplate, known_template
 
 DEFAULT_CONTEXT = 8192  # tokens; a model's own length may be 262144, and memory grows with it
@@ -69,24 +69,26 @@ def describe_model(
     template = _template(file, notes)
     parameters: list[tuple[str, Value]] = [("num_ctx", _context(file, context))]
     parameters += _sampling(file.metadata, notes)
-    parameters += [("stop", text) for text in _stops(file.metadata, template)]
+    parameters += [("stop", text) for text in _stops(file.metadata, template, notes)]
     if len(file.shards) > 1:
         notes.append(f"{len(file.shards)} shards: older versions of Ollama take one file only")
-    license_ = file.metadata.get("general.license")
     modelfile = Modelfile(
-        sources=tuple(_source(path, folder) for path in file.shards or (file.path,)),
+        sources=tuple(source_line(path, folder) for path in file.shards or (file.path,)),
         parameters=tuple(parameters),
         template=template.text if template else None,
         renderer=template.renderer if template else None,
         parser=template.parser if template else None,
         system=system,
-        license=license_ if isinstance(license_, str) else None,
+        license=_license(file.metadata, notes),
     )
     return Description(modelfile, tuple(notes))
 
 
-def _source(path: Path, folder: Path) -> str:
-    """`./name` where the file stands beside the Modelfile, so that both can be moved together."""
+def source_line(path: Path, folder: Path) -> str:
+    """What FROM names for `path` in a Modelfile in `folder`.
+
+    `./name` where the file stands beside the Modelfile, so that both can be moved together.
+    """
     if path.resolve().parent == folder.resolve() and not path.is_symlink():
         return f"./{path.name}"
     return str(path.resolve())
@@ -132,7 +134,17 @@ def _sampling(metadata: dict[str, Any], notes: list[str]) -> list[tuple[str, Val
     return found
 
 
-def _stops(metadata: dict[str, Any], template: ChatTemplate | None) -> list[str]:
+def _license(metadata: dict[str, Any], notes: list[str]) -> str | None:
+    text = metadata.get("general.license")
+    if not isinstance(text, str):
+        return None
+    if not writable(text):
+        notes.append(f"no LICENSE: a Modelfile cannot hold general.license = {text!r:.80}")
+        return None
+    return text
+
+
+def _stops(metadata: dict[str, Any], template: ChatTemplate | None, notes: list[str]) -> list[str]:
     """The texts that end an answer: the template's end of a turn, and the end-of-text tokens."""
     tokens = metadata.get("tokenizer.ggml.tokens")
     stops = [] if template is None else [template.stop]
@@ -140,4 +152,7 @@ def _stops(metadata: dict[str, Any], template: ChatTemplate | None) -> list[str]
         number = metadata.get(f"tokenizer.ggml.{key}")
         if isinstance(tokens, list) and isinstance(number, int) and 0 <= number < len(tokens):
             stops.append(tokens[number])
-    return [text for text in dict.fromkeys(stops) if isinstance(text, str) and text.strip()]
+    texts = [text for text in dict.fromkeys(stops) if isinstance(text, str) and text.strip()]
+    notes += [f"no stop {text!r:.80}: a Modelfile cannot hold it"
+              for text in texts if not writable(text)]  # fmt: skip
+    return [text for text in texts if writable(text)]

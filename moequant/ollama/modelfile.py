@@ -63,6 +63,11 @@ class Modelfile:
         return {name: value for name, value in fields.items() if value}
 
 
+def writable(value: str) -> bool:
+    """Whether a Modelfile can hold `value` in quotes."""
+    return TRIPLE not in value and not _dropped(value)
+
+
 def _argument(name: str, value: Value) -> str:
     """A parameter's value: numbers as they are, text in quotes."""
     if not isinstance(value, str):
@@ -85,7 +90,12 @@ def _bare(name: str, value: str) -> str:
 
 
 def _printable(name: str, value: str) -> str:
-    dropped = sorted({c for c in value if not c.isprintable() and c not in BLANKS})
+    dropped = _dropped(value)
     if dropped:
         raise UsageError(f"{name}: a Modelfile cannot hold the characters {dropped}.")
     return value
+
+
+def _dropped(value: str) -> list[str]:
+    """The characters that Ollama's parser would drop."""
+    return sorted({c for c in value if not c.isprintable() and c not in BLANKS})

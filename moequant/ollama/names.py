@@ -1,6 +1,8 @@
 """Ollama's grammar of model names: `[host/][namespace/]model[:tag]`.
 
-Owns: the check. Source: Ollama's `types/model` package and its documentation of `ollama create`.
+Owns: the check. Leaves out: whether a model of that name exists, which the server knows.
+
+Source: Ollama's `types/model` package and its documentation of `ollama create`.
 """
 
 import re

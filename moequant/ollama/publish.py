@@ -1,6 +1,7 @@
 """A GGUF file to Ollama: the Modelfile beside it, and the model on a server that answers.
 
-Owns: the order of the two, and the command that does by hand what no server did.
+Owns: the order of the two, what can be checked before either, and the command that does by hand
+what no server did. Leaves out: what a Modelfile says (`describe`), and the calls (`server`).
 """
 
 import shlex
@@ -10,10 +11,10 @@ from typing import Any
 
 from moequant.files import check_distinct, check_target, replacing
 from moequant.gguf_file import read_model
-from moequant.ollama.describe import describe_model
+from moequant.ollama.describe import describe_model, source_line
 from moequant.ollama.modelfile import Modelfile
 from moequant.ollama.names import check_name
-from moequant.ollama.server import Progress, create_model
+from moequant.ollama.server import Progress, create_model, server_address
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Published:
     path: Path
     modelfile: Modelfile
     created: bool
+    server: str  # its address
     notes: tuple[str, ...]
 
     @property
@@ -34,13 +36,26 @@ class Published:
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name, "modelfile": str(self.path), "created": self.created,
-            "by_hand": self.by_hand, "notes": list(self.notes),
+            "server": self.server, "by_hand": self.by_hand, "notes": list(self.notes),
         }  # fmt: skip
 
 
 def modelfile_path(gguf: Path) -> Path:
     """Where the Modelfile of a GGUF file stands: model.gguf → model.Modelfile."""
     return gguf.with_suffix(".Modelfile")
+
+
+def check_publish(gguf: Path, name: str) -> Path:
+    """`modelfile_path(gguf)`, if `publish(gguf, name)` will not fail for what is known without it.
+
+    Raises:
+        UsageError: a bad `name` or $OLLAMA_HOST, or a path that a Modelfile cannot hold.
+    """
+    check_name(name)
+    server_address(None)
+    path = modelfile_path(gguf)
+    _ = Modelfile((source_line(gguf, path.parent),)).text  # raises what `publish` would
+    return path
 
 
 def publish(
@@ -64,6 +79,7 @@ def publish(
         OllamaError: see `create_model`.
     """
     check_name(name)
+    address = server_address(host)
     file = read_model(gguf)
     files = file.shards or (file.path,)
     path = output or modelfile_path(gguf)
@@ -73,5 +89,5 @@ def publish(
     text = described.modelfile.text
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", newline="")
-    created = create_model(described.modelfile, files, name, host, progress)
-    return Published(name, path, described.modelfile, created, described.notes)
+    created = create_model(described.modelfile, files, name, address, progress)
+    return Published(name, path, described.modelfile, created, address, described.notes)

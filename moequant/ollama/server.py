@@ -1,7 +1,7 @@
 """Creates a model on an Ollama server, through the official client.
 
-Owns: the order of calls (is a server there, upload, create), progress, and what can go wrong with
-them. Leaves out: what is created (`modelfile`).
+Owns: the server's address, the order of calls (is a server there, upload, create), progress, and
+what can go wrong with them. Leaves out: what is created (`modelfile`).
 
 The client uploads a file whether or not the server has it, and says nothing while it does. Both
 are mended where httpx, below the client, lets one: in the transport, which asks for the blob first
@@ -11,18 +11,89 @@ are mended where httpx, below the client, lets one: in the transport, which asks
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
-import ollama
 
-from moequant.errors import OllamaError, UsageError
+from moequant.errors import OllamaError, UsageError, plain
 from moequant.ollama.modelfile import Modelfile
 
 Progress = Callable[[str, int, int], None]
+
+
+@contextmanager
+def _without_variables(names: Sequence[str]) -> Iterator[None]:
+    """The environment without `names` for the time of the block."""
+    kept = {name: value for name, value in os.environ.items() if name.upper() in names}
+    for name in kept:
+        del os.environ[name]
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
+
+
+# the import makes a client of these at once, which is never used, and fails if one of them is bad
+with _without_variables(("OLLAMA_HOST", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")):
+    import ollama
+
+DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 11434
+PORTS = {"http": 80, "https": 443}  # of an address with a scheme and no port
+_HOSTNAME = re.compile(r"[\w-]{1,63}(\.[\w-]{1,63})*\.?")
 CONNECT_SECONDS = 5.0
+PROBE, PROBE_SECONDS = "/api/tags", 10.0  # what asks whether a server is there; silence in it
+# what the client raises for an answer that is no JSON, or JSON of another shape
+NO_OLLAMA = (ConnectionError, httpx.HTTPError, ValueError, TypeError, AttributeError)
 UPLOAD, CREATE = "uploading", "creating"
+
+
+def server_address(host: str | None) -> str:
+    """`host`, else $OLLAMA_HOST, else 127.0.0.1:11434, as scheme://host:port[/path].
+
+    Raises:
+        UsageError: it is no address of a server.
+    """
+    given = host or os.environ.get("OLLAMA_HOST") or f"{DEFAULT_HOST}:{DEFAULT_PORT}"
+    try:
+        return _normalised(given)
+    except ValueError as error:
+        where = "" if host else "$OLLAMA_HOST: "
+        raise UsageError(
+            f"{where}{given!r} is no address of a server ({error}); it has the form HOST:PORT or "
+            "http://HOST:PORT."
+        ) from error
+
+
+def _normalised(given: str) -> str:
+    """ValueError for what is no address."""
+    if any(c.isspace() or not c.isprintable() for c in given):
+        raise ValueError("it has spaces or control characters")
+    scheme, separator, rest = given.partition("://")
+    if not separator:
+        scheme, rest = "http", given
+    if scheme not in PORTS:
+        raise ValueError(f"{scheme!r} is neither http nor https")
+    parts = urlsplit(f"{scheme}://{rest}")
+    if parts.username is not None or parts.query or parts.fragment:
+        raise ValueError("it holds more than host, port and path")
+    if not parts.netloc or parts.port == 0:
+        raise ValueError("it has no host" if not parts.netloc else "port 0 is no port")
+    port = parts.port or (PORTS[scheme] if separator else DEFAULT_PORT)
+    path = parts.path.strip("/")
+    return f"{scheme}://{_host(parts)}:{port}" + (f"/{path}" if path else "")
+
+
+def _host(parts: SplitResult) -> str:
+    host = parts.hostname or DEFAULT_HOST  # ":11434" is an address to Ollama too
+    if parts.netloc.startswith("["):
+        return f"[{IPv6Address(host)}]"
+    if not _HOSTNAME.fullmatch(host):
+        raise ValueError(f"{host!r} is no name of a host")
+    return host
 
 
 def create_model(
@@ -42,31 +113,47 @@ def create_model(
     """
     size = sum(path.stat().st_size for path in files)
     transport = _Transport(lambda done: progress(UPLOAD, done, size))
-    try:
-        client = ollama.Client(
-            host, transport=transport, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS)
-        )
-    except (ValueError, httpx.InvalidURL) as error:
-        raise UsageError(f"{host or '$OLLAMA_HOST'} is no address of a server: {error}.") from error
-    with client:
-        try:
-            client.list()
-        except (ConnectionError, httpx.ConnectTimeout, httpx.UnsupportedProtocol):
+    address = server_address(host)
+    with _client(address, transport) as client:
+        if not _answers(client, address):
             return False
-        except (ollama.ResponseError, httpx.HTTPError, ValueError) as error:
-            raise OllamaError(
-                f"what answers at {_address(host)} is no Ollama server: {_said(error)}"
-            ) from error
         try:
             last = _create(client, modelfile, files, name, progress)
-        except (ollama.ResponseError, ConnectionError, httpx.HTTPError, ValueError) as error:
+        except (ollama.ResponseError, *NO_OLLAMA) as error:
             raise OllamaError(
-                f"Ollama at {_address(host)} did not create {name}: {_said(error)}"
+                f"Ollama at {address} did not create {name}: {_said(error)}"
             ) from error
     if last != "success":
         raise OllamaError(
-            f"Ollama at {_address(host)} did not create {name}: it fell silent after {last!r}."
+            f"Ollama at {address} did not create {name}: it fell silent after {last!r:.500}."
         )
+    return True
+
+
+def _client(address: str, transport: "_Transport") -> ollama.Client:
+    try:
+        return ollama.Client(
+            address, transport=transport, timeout=httpx.Timeout(None, connect=CONNECT_SECONDS)
+        )
+    except (ValueError, httpx.InvalidURL) as error:
+        raise UsageError(f"{address} is no address of a server: {error}.") from error
+
+
+def _answers(client: ollama.Client, address: str) -> bool:
+    """Whether a server is there; OllamaError if it is none of Ollama's."""
+    try:
+        client.list()
+    except (ConnectionError, httpx.ConnectTimeout):
+        return False
+    except httpx.ReadTimeout as error:
+        raise OllamaError(
+            f"what listens at {address} is no Ollama server: it said nothing for "
+            f"{PROBE_SECONDS:g} seconds."
+        ) from error
+    except (ollama.ResponseError, *NO_OLLAMA) as error:
+        raise OllamaError(
+            f"what answers at {address} is no Ollama server: {_said(error)}"
+        ) from error
     return True
 
 
@@ -91,17 +178,13 @@ def _blob_name(path: Path) -> str:
     return re.sub(r"[:\\]", "_", path.name)
 
 
-def _address(host: str | None) -> str:
-    return host or os.environ.get("OLLAMA_HOST") or "127.0.0.1:11434"
-
-
 def _said(error: Exception) -> str:
     """The server's or httpx's own words, on one line."""
     text = str(error) or type(error).__name__
     if isinstance(error, ollama.ResponseError):
         code = f" (HTTP {error.status_code})" if error.status_code > 0 else ""
         text = f"{error.error}{code}"
-    return " ".join(text.split())[:500]
+    return plain(" ".join(text.split()))[:500]
 
 
 class _Transport(httpx.HTTPTransport):
@@ -113,6 +196,9 @@ class _Transport(httpx.HTTPTransport):
         self._sent = 0  # bytes of the blobs so far
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path.endswith(PROBE):
+            seconds = {**request.extensions["timeout"], "read": PROBE_SECONDS}
+            request.extensions = {**request.extensions, "timeout": seconds}
         if request.method != "POST" or "/api/blobs/" not in request.url.path:
             return super().handle_request(request)
         size = int(request.headers["Content-Length"])

@@ -1,7 +1,8 @@
 """Chat templates in Ollama's form (Go's text/template), for the families whose form we know.
 
 Owns: recognising a file's own Jinja template by what it renders, and the Go template that renders
-the same. Leaves out: Gemma 4's tool calls, which Ollama's built-in renderer writes.
+the same. Leaves out: running the Jinja template (`render_template`); Gemma 4's tool calls, which
+Ollama's built-in renderer writes.
 
 A template is known if, on `PROBES`, it renders exactly the turns of `_FORMS`; how it ends a prompt
 (nothing, an empty thought, …) is read off. What is not known gets no template: Ollama (0.30 and
@@ -13,13 +14,21 @@ the assistant is left open, to be continued.
 """
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
 from typing import Any
 
-Message = dict[str, str]
+from moequant.errors import OllamaError
+from moequant.ollama.modelfile import writable
 
-PROBES: tuple[tuple[Message, ...], ...] = (
+Message = dict[str, str]
+Conversation = tuple[Message, ...]
+
+PROBES: tuple[Conversation, ...] = (
     ({"role": "user", "content": "One"},),
     ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Two"}),
     (
@@ -36,6 +45,10 @@ TOOL = {
         "parameters": {"type": "object", "properties": {"at": {"type": "string"}}},
     },
 }
+VARIANTS: tuple[dict[str, Any], ...] = (
+    {}, {"enable_thinking": True}, {"enable_thinking": False}, {"tools": [TOOL]},
+)  # fmt: skip
+LONGEST_WAIT = 120  # seconds; render_template bounds its CPU time, a busy machine takes longer
 LONGEST_ENDING = 100  # characters after the opening of the assistant's turn
 
 
@@ -51,27 +64,44 @@ class ChatTemplate:
 
 
 def known_template(jinja: str) -> ChatTemplate | None:
-    """The Go template that renders what `jinja` renders, None where the form is not known."""
+    """The Go template that renders what `jinja` renders, None where the form is not known.
+
+    Raises:
+        OllamaError: the program that renders `jinja` could not be run.
+    """
+    prompts = _rendered(jinja)
+
+    def render(messages: Conversation, **options: Any) -> str | None:
+        return prompts[PROBES.index(messages), VARIANTS.index(options)]
+
     for form in (_gemma4, _chatml):
-        found = form(lambda messages, **options: _render(jinja, messages, **options))
+        found = form(render)
         if found is not None:
             return found
     return None
 
 
-def _render(jinja: str, messages: tuple[Message, ...], **options: Any) -> str | None:
-    """The prompt that transformers would make, without BOS; None if the template fails."""
-    from transformers.utils.chat_template_utils import render_jinja_template
+def _rendered(jinja: str) -> dict[tuple[int, int], str | None]:
+    """The prompt of every probe in every variant; None where the template fails.
 
-    tools = options.pop("tools", None)
+    All are None where it runs into a bound of `render_template`.
+    """
+    keys = list(product(range(len(PROBES)), range(len(VARIANTS))))
+    conversations = [{"messages": PROBES[probe], **VARIANTS[way]} for probe, way in keys]
+    job = json.dumps({"template": jinja, "conversations": conversations})
+    program = Path(__file__).with_name("render_template.py")
     try:
-        rendered, _ = render_jinja_template(
-            [list(messages)], tools=tools, chat_template=jinja, add_generation_prompt=True,
-            bos_token="", eos_token="", **options,
+        ended = subprocess.run(
+            [sys.executable, "-P", str(program)], input=job, capture_output=True,
+            encoding="utf-8", errors="replace", timeout=LONGEST_WAIT, check=False,
         )  # fmt: skip
-    except Exception:  # whatever a template written by others raises, it is not one we know
-        return None
-    return str(rendered[0])
+    except subprocess.TimeoutExpired:
+        return dict.fromkeys(keys)
+    if ended.returncode < 0:  # by a signal: the kernel's, past a bound
+        return dict.fromkeys(keys)
+    if ended.returncode > 0:
+        raise OllamaError(f"the chat template cannot be rendered:\n{ended.stderr[-500:]}")
+    return dict(zip(keys, json.loads(ended.stdout), strict=True))
 
 
 Render = Callable[..., str | None]
@@ -88,8 +118,12 @@ def _ending(render: Render, turns: Callable[[Message], str], opening: str, **opt
             return None
         endings.add(prompt.removeprefix(body))
     ending = endings.pop()
-    plain = not endings and len(ending) <= LONGEST_ENDING and not set("{}`") & set(ending)
-    return ending if plain else None
+    return ending if not endings and _plain(ending) else None
+
+
+def _plain(ending: str) -> bool:
+    """Whether it can stand in a Go template, and in a Modelfile, as it is."""
+    return len(ending) <= LONGEST_ENDING and not set("{}`") & set(ending) and writable(ending)
 
 
 # --- Gemma 4 ---------------------------------------------------------------------------------
@@ -132,7 +166,10 @@ def _gemma4(render: Render) -> ChatTemplate | None:
         text = text.replace("and .IsThinkSet .Think", "false")  # a template that knows no thinking
     elif not _says_think(render):
         return None
-    text = text.replace("THINKING", asked.rpartition("<|turn>model\n")[2]).replace("PLAIN", plain)
+    thinking = asked.rpartition("<|turn>model\n")[2]
+    if not _plain(thinking):
+        return None
+    text = text.replace("THINKING", thinking).replace("PLAIN", plain)
     return ChatTemplate("gemma4", text, "<turn|>", renderer="gemma4", parser="gemma4")
 
 

@@ -44,6 +44,11 @@ class BenchOptions:
         """How many timed runs there are for a file."""
         return self.repetitions * ((self.prompt > 0) + (self.generate > 0))
 
+    @property
+    def context(self) -> int:
+        """Tokens of the longer test; prompt and generation each start anew, behind `depth`."""
+        return self.depth + max(self.prompt, self.generate)
+
     def arguments(self) -> list[str]:
         """The options of llama-bench."""
         given = {"-p": self.prompt, "-n": self.generate, "-d": self.depth, "-r": self.repetitions,
@@ -107,7 +112,7 @@ def run_llama_bench(
             f"{model}: llama-bench {_ending(code)}:\n{_reason(tool, model, options) or log}"
         )
     progress("bench", total, total)
-    return _parse(printed, model)
+    return _parse(printed, model, tool)
 
 
 def _run(command: list[str], line_read: Callable[[str], None]) -> tuple[int, str, str]:
@@ -154,7 +159,7 @@ def _reason(tool: Path, model: Path, options: BenchOptions) -> str:
     return "\n".join(said) or log if code != 0 else ""
 
 
-def _parse(printed: str, model: Path) -> BenchRun:
+def _parse(printed: str, model: Path, tool: Path) -> BenchRun:
     """The results of a prompt test, a generation test, or both."""
     try:
         tests = json.loads(printed)
@@ -174,8 +179,8 @@ def _parse(printed: str, model: Path) -> BenchRun:
         )
     except (ValueError, LookupError, TypeError) as error:
         raise LlamaCppError(
-            f"{model}: llama-bench's results cannot be read ({type(error).__name__}: {error}); "
-            f"it printed:\n{printed[:500]}"
+            f"{model}: the results of {tool} cannot be read ({type(error).__name__}: {error}), so "
+            f"it is probably no llama-bench; it printed:\n{printed[:500] or 'nothing'}"
         ) from error
 
 

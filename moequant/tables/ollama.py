@@ -26,6 +26,7 @@ def ollama_tables(published: "Published") -> list[RenderableType]:
         made.add_row("created", f"ollama run {published.name}")
     tables: list[RenderableType] = [made]
     if not published.created:
-        tables.append(Text(f"No Ollama server answered. Where one runs:\n  {published.by_hand}"))
+        nobody = f"No Ollama server answered at {published.server}"
+        tables.append(Text(f"{nobody}. Where one runs:\n  {published.by_hand}"))
     tables += [Text(f"note: {note}", style="yellow") for note in published.notes]
     return tables

@@ -222,3 +222,23 @@ def test_outputs_that_are_inputs_or_each_other_are_refused(tmp_path: Path) -> No
     with pytest.raises(UsageError, match="two outputs"):
         check_distinct([tmp_path / "a", folder / ".." / "a"], [])
     check_distinct([tmp_path / "a", folder / "new.gguf"], [folder])
+
+
+def test_a_file_anywhere_below_a_folder_that_is_read_is_kept(tmp_path: Path) -> None:
+    folder, blobs = tmp_path / "texts", tmp_path / "blobs"
+    (folder / "deep" / "er").mkdir(parents=True)
+    blobs.mkdir()
+    inner, blob = folder / "deep" / "er" / "a.txt", blobs / "b"
+    inner.touch()
+    blob.touch()
+    (folder / "b.txt").symlink_to(blob)
+    (folder / "linked").symlink_to(tmp_path / "other", target_is_directory=True)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "c.txt").touch()
+    (tmp_path / "out").symlink_to(folder / "deep", target_is_directory=True)
+    for output in (
+        inner, folder / "b.txt", blob, tmp_path / "out" / "er" / "a.txt", tmp_path / "other/c.txt",
+    ):  # fmt: skip
+        with pytest.raises(UsageError, match="belongs to what is read"):
+            check_distinct([output], [folder])
+    check_distinct([folder / "deep" / "new.gguf"], [folder])

@@ -1,10 +1,16 @@
 """`moequant ollama`: the Modelfile by its grammar, and the calls by Ollama's documented API."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +23,7 @@ from hypothesis import strategies as st
 
 from moequant.cli import main
 from moequant.errors import UsageError
-from moequant.ollama import Modelfile, check_name
+from moequant.ollama import Modelfile, check_name, server_address
 from moequant.ollama.templates import known_template
 from tests.checkpoints import make_checkpoint
 from tests.ollama.modelfiles import parse
@@ -29,12 +35,13 @@ CHATML = (
     "{% endif %}"
 )
 
+TEXTS = {"general.license": "apache-2.0", "tokenizer.chat_template": CHATML}
+
 
 def write_gguf(path: Path, **extra: Any) -> Path:
     """A file with the metadata that a Modelfile is made of; `extra` are further text keys."""
     writer = gguf.GGUFWriter(path, "qwen3moe")
     writer.add_type("model")
-    writer.add_license("apache-2.0")
     writer.add_context_length(32768)
     writer.add_token_list(["a", "b", "<|endoftext|>", "<|im_end|>"])
     writer.add_eos_token_id(3)
@@ -43,7 +50,7 @@ def write_gguf(path: Path, **extra: Any) -> Path:
     writer.add_float32("general.sampling.top_p", 0.95)
     writer.add_int32("general.sampling.top_k", 20)
     writer.add_float32("general.sampling.penalty_repeat", 1.05)
-    for key, value in {"tokenizer.chat_template": CHATML, **extra}.items():
+    for key, value in {**TEXTS, **extra}.items():
         writer.add_key_value(
             key, value,
             gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT32,
@@ -73,6 +80,25 @@ def server() -> Iterator[Running]:
         yield Running(state, f"127.0.0.1:{http.server_address[1]}")
         http.shutdown()
         thread.join()
+
+
+@contextmanager
+def answering(body: str, status: int) -> Iterator[str]:
+    """The address of a server that gives this answer to everything."""
+
+    class Same(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode("utf-8"))
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Same) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{http.server_address[1]}"
+        http.shutdown()
 
 
 @pytest.fixture
@@ -161,6 +187,7 @@ def test_without_a_server_the_command_is_told(tmp_path: Path, nobody: str) -> No
     result = run(write_gguf(tmp_path / "m.gguf"), "mine")
     assert result.exit_code == 0
     assert f"ollama create mine -f {tmp_path / 'm.Modelfile'}" in result.stdout
+    assert f"answered at http://{nobody}." in result.stdout
     again = run(tmp_path / "m.gguf", "mine")
     assert again.exit_code == 2
     assert "--force" in again.stderr
@@ -191,6 +218,17 @@ def test_an_unknown_template_is_left_out_and_said(tmp_path: Path, nobody: str) -
     notes = json.loads(result.stdout)["notes"]
     assert any("no TEMPLATE" in note for note in notes)
     assert any("xtc_threshold" in note for note in notes)
+
+
+@pytest.mark.parametrize("text", ['MIT """ or so', "MIT\x1b[31m", "MIT\x00"])
+def test_a_license_no_modelfile_can_hold_is_left_out_and_said(
+    tmp_path: Path, nobody: str, text: str
+) -> None:
+    file = write_gguf(tmp_path / "m.gguf", **{"general.license": text})
+    result = run(file, "m", "--json")
+    assert result.exit_code == 0, result.output
+    assert "license" not in [word for word, _ in parse((tmp_path / "m.Modelfile").read_text())]
+    assert any("no LICENSE" in note for note in json.loads(result.stdout)["notes"])
 
 
 # --- the calls -------------------------------------------------------------------------------
@@ -273,26 +311,109 @@ def test_what_a_server_refuses_is_one_error(
 
 
 def test_something_else_that_answers_is_told_from_ollama(tmp_path: Path) -> None:
-    from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
-
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as http:
-        threading.Thread(target=http.serve_forever, daemon=True).start()
-        host = f"127.0.0.1:{http.server_address[1]}"
+    with answering("File not found", 404) as host:
         result = run(write_gguf(tmp_path / "m.gguf"), "m", "--host", host)
-        http.shutdown()
     assert result.exit_code == 1
     assert "no Ollama server" in result.stderr
 
 
-@pytest.mark.parametrize("host", ["http://[::1", "127.0.0.1:notaport", "127.0.0.1:99999"])
-def test_a_bad_address_is_refused(tmp_path: Path, host: str) -> None:
-    result = run(write_gguf(tmp_path / "m.gguf"), "m", "--host", host)
+NO_ADDRESSES = [
+    "http://[::1", "127.0.0.1:notaport", "127.0.0.1:99999", "ftp://x", "not a host", "http://",
+    "127.0.0.1:1\n", "127.0.0.1:0", "a..b:1", "user:word@localhost", "localhost?x=1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", NO_ADDRESSES)
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_a_bad_address_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, by: str
+) -> None:
+    if by == "variable":
+        monkeypatch.setenv("OLLAMA_HOST", host)
+    given = ("--host", host) if by == "option" else ()
+    result = run(write_gguf(tmp_path / "m.gguf"), "m", *given)
     assert result.exit_code == 2
-    assert host in result.stderr and "Traceback" not in result.output
+    assert repr(host) in result.stderr and "Traceback" not in result.output
+    assert ("$OLLAMA_HOST" in result.stderr) == (by == "variable")
+    assert not (tmp_path / "m.Modelfile").exists()
+
+
+@pytest.mark.parametrize(
+    ("variable", "good", "code"),
+    [
+        ({"OLLAMA_HOST": "127.0.0.1:99999"}, False, 2),
+        ({"OLLAMA_HOST": "127.0.0.1:99999"}, True, 0),
+        ({"OLLAMA_HOST": "http://[::1"}, True, 0),
+        ({"ALL_PROXY": "nonsense://x"}, True, 0),
+    ],
+)
+def test_a_bad_variable_does_not_stop_the_import(
+    tmp_path: Path, server: Running, variable: dict[str, str], good: bool, code: int
+) -> None:
+    """In a new process: the client's package makes a client of its own as it is imported."""
+    file = write_gguf(tmp_path / "m.gguf")
+    given = ["--host", server.host] if good else []
+    command = [sys.executable, "-m", "moequant.cli", "ollama", str(file), "mine", *given]
+    ended = subprocess.run(
+        command, env=os.environ | variable, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == code, ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert ("mine" in server.ollama.models) == good
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("localhost", "http://localhost:11434"), (":1234", "http://127.0.0.1:1234"),
+        ("https://a.b-c.org/api/", "https://a.b-c.org:443/api"), ("http://x", "http://x:80"),
+        ("[::1]:5", "http://[::1]:5"), ("0.0.0.0", "http://0.0.0.0:11434"),
+    ],
+)  # fmt: skip
+def test_addresses_are_read_as_the_official_client_reads_them(host: str, address: str) -> None:
+    from ollama._client import _parse_host
+
+    assert server_address(host) == address == _parse_host(host)
+
+
+@pytest.mark.parametrize(
+    "body", ["[]", "null", "7", '{"models": 5}', '{"models": [[]]}', "<html>", '["\\ud800"]']
+)
+@pytest.mark.parametrize("status", [200, 500])
+def test_an_answer_of_another_shape_is_one_error(tmp_path: Path, body: str, status: int) -> None:
+    with answering(body, status) as host:
+        result = run(write_gguf(tmp_path / "m.gguf"), "m", "--host", host)
+    assert result.exit_code == 1, result.output
+    assert "no Ollama server" in result.stderr and host in result.stderr
+
+
+def test_escape_codes_of_a_server_are_not_obeyed(tmp_path: Path) -> None:
+    with answering("\x1b]0;gone\x07\x1b[2Jred\x9b31m", 500) as host:
+        result = run(write_gguf(tmp_path / "m.gguf"), "m", "--host", host)
+    assert result.exit_code == 1 and "\\x1b[2Jred\\x9b31m" in result.stderr
+    assert not set("\x1b\x07\x9b") & set(result.output)
+
+
+def test_a_port_that_never_answers_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moequant.ollama.server.PROBE_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host = f"127.0.0.1:{silent.getsockname()[1]}"
+        result = run(write_gguf(tmp_path / "m.gguf"), "m", "--host", host)
+    assert result.exit_code == 1
+    assert host in result.stderr and "said nothing for 0.5 seconds" in result.stderr
+
+
+def test_only_the_first_question_has_a_time_limit(
+    tmp_path: Path, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server may hash and convert for longer than it may take to say that it is there."""
+    monkeypatch.setattr("moequant.ollama.server.PROBE_SECONDS", 0.5)
+    check = server.ollama.check_create
+    monkeypatch.setattr(server.ollama, "check_create", lambda r: (time.sleep(1), check(r)))
+    assert run(write_gguf(tmp_path / "m.gguf"), "m", "--host", server.host).exit_code == 0
+    assert "m" in server.ollama.models
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -370,6 +491,45 @@ def test_export_ends_in_ollama(tmp_path: Path, server: Running, monkeypatch: Any
     assert made["stop"] == ["<|im_end|>"] and made["num_ctx"] == 2048
     again = CliRunner().invoke(main, [*arguments, "--ollama", "mine"])
     assert again.exit_code == 2 and "--force" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("output", "name", "host"),
+    [
+        ("a\nb.gguf", "m", None), ("m.gguf", "a b", None), ("m.gguf", "m", "127.0.0.1:99999"),
+        (".", "m", None),
+    ],
+)  # fmt: skip
+def test_what_is_known_of_ollama_is_checked_before_the_export(
+    tmp_path: Path, monkeypatch: Any, output: str, name: str, host: str | None
+) -> None:
+    if host is not None:
+        monkeypatch.setenv("OLLAMA_HOST", host)
+    source = make_checkpoint("qwen3-moe", tmp_path / "c", num_hidden_layers=1)
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(
+        main, ["export", str(source), "-o", output, "--no-calibration", "--ollama", name]
+    )
+    assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.output
+    assert list(tmp_path.iterdir()) == [source]
+
+
+def test_an_error_of_ollama_leaves_the_json_of_the_export(
+    tmp_path: Path, server: Running, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("OLLAMA_HOST", server.host)
+    server.ollama.refuse = (500, "no \x1b[31mspace")
+    source = make_checkpoint("qwen3-moe", tmp_path / "c", num_hidden_layers=1)
+    file = tmp_path / "m.gguf"
+    result = CliRunner().invoke(
+        main, ["export", str(source), "-o", str(file), "--no-calibration", "--ollama", "m",
+               "--quant", "Q8_0", "--json"],
+    )  # fmt: skip
+    assert result.exit_code == 1
+    data = json.loads(result.stdout)
+    assert data["file_bytes"] == file.stat().st_size
+    assert "no \\x1b[31mspace (HTTP 500)" in data["ollama"]["error"]
+    assert "(HTTP 500)" in result.stderr
 
 
 def test_a_split_file_is_one_from_line_per_shard(tmp_path: Path, server: Running) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from moequant.ollama.templates import known_template
+from moequant.errors import OllamaError
+from moequant.ollama.templates import LONGEST_WAIT, known_template
 from moequant.runtime.llama_cpp import LlamaCpp
 
 GEMMA = ["google-gemma-4-31B-it.jinja", "google-gemma-4-31B-it-interleaved.jinja"]
@@ -179,3 +181,28 @@ def test_other_forms_are_not_guessed(llama_cpp: LlamaCpp, name: str) -> None:
 )
 def test_broken_templates_are_unknown(source: str) -> None:
     assert known_template(source) is None
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}x{% endfor %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ 'x' * 9 ** 10 }}",
+        "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
+    ],
+)
+def test_a_template_that_never_ends_is_given_up(source: str) -> None:
+    """Bounds of the kernel: the wait, which is for a machine that is busy, is not what ends it."""
+    asked = time.monotonic()
+    assert known_template(source) is None
+    assert time.monotonic() - asked < LONGEST_WAIT
+
+
+def test_a_renderer_that_cannot_run_is_no_unknown_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moequant.ollama.templates.__file__", str(tmp_path / "templates.py"))
+    with pytest.raises(OllamaError, match="cannot be rendered"):
+        known_template("{{ messages }}")

@@ -10,22 +10,13 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from moequant.cli import main
+from moequant.commands.shared import print_json
 from moequant.gguf_file import read_gguf
 from moequant.plan import PRESETS
 from tests.checkpoints import make_checkpoint
-
-SHORT = ("--calibration-tokens", "1024", "--sequence-length", "128", "--expert-floor", "8")
-
-
-def run(*arguments: object) -> Result:
-    result = CliRunner().invoke(main, [str(argument) for argument in arguments])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
+from tests.command_line import SHORT, export_by_stages, run
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +52,7 @@ def test_export_json_agrees_with_the_file(checkpoint: Path, tmp_path: Path) -> N
 
 
 def test_the_stages_one_by_one_give_the_same_file(checkpoint: Path, tmp_path: Path) -> None:
-    whole, parts = tmp_path / "whole.gguf", tmp_path / "parts.gguf"
-    imatrix, plan = tmp_path / "imatrix.gguf", tmp_path / "plan.json"
-    assert run("export", checkpoint, "-o", whole, *SHORT).exit_code == 0
-    assert run("calibrate", checkpoint, "-o", imatrix, *SHORT).exit_code == 0
-    assert run("plan", checkpoint, "-o", plan).exit_code == 0
-    result = run("export", checkpoint, "-o", parts, "--plan", plan, "--imatrix", imatrix)
-    assert result.exit_code == 0, result.output
+    whole, parts, imatrix = export_by_stages(checkpoint, tmp_path)
     one, other = read_gguf(whole), read_gguf(parts)
     assert one.metadata.pop("moequant.calibration.source") == "measured"
     assert other.metadata.pop("moequant.calibration.source") == imatrix.name
@@ -182,6 +167,55 @@ def test_options_without_effect_and_files_used_twice_are_refused(
         2, "export", checkpoint, "--plan", plan, "--force", "-o", plan
     )
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "kept"),
+    [
+        ("m.gguf", ("--ollama", "x", "--save-plan", "m.Modelfile"), None),
+        ("p.gguf", ("--ollama", "x", "--force", "--plan", "p.Modelfile"), "p.Modelfile"),
+        ("h.gguf", ("--report", "--force", "--perplexity", "h.html"), "h.html"),
+        ("m.gguf", ("--report", "--save-plan", "m.html"), None),
+        ("m.html", ("--report",), None),
+        ("m.Modelfile", ("--ollama", "x"), None),
+    ],
+)
+def test_no_file_of_an_export_replaces_another(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    output: str, options: tuple[str, ...], kept: str | None,
+) -> None:  # fmt: skip
+    """The page and the Modelfile, too, against what is saved beside them and what is read."""
+    monkeypatch.chdir(tmp_path)
+    if kept == "p.Modelfile":
+        assert run("plan", checkpoint, "-o", kept).exit_code == 0
+    elif kept is not None:
+        Path(kept).write_text("A text that is long enough to be measured. " * 400)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    message = refused(2, "export", checkpoint, "-o", output, "--no-calibration", *options)
+    assert ("two outputs" if kept is None else "belongs to what is read") in message
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_names_are_printed_as_they_are(checkpoint: Path, tmp_path: Path) -> None:
+    """No emoji for `:rocket:`, and no escape code that a terminal would obey."""
+    path = tmp_path / ":rocket:.gguf"
+    result = run("export", checkpoint, "-o", path, "--no-calibration", "--quant", "Q8_0")
+    assert ":rocket:.gguf" in "".join(result.output.split())
+    message = refused(2, "export", checkpoint, "-o", tmp_path / "\x1b[31mno" / "m.gguf")
+    assert "\x1b" not in message and "\\x1b[31mno" in "".join(message.split())
+
+
+def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"ppl": float("inf"), "rows": [1.5, (float("nan"), 2)]})
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail) == {
+        "ppl": None, "rows": [1.5, [None, 2]],
+    }  # fmt: skip
+
+
+def test_the_list_of_commands_has_whole_sentences() -> None:
+    listed = run("--help").output.partition("Commands:")[2].strip().splitlines()
+    assert len(listed) == 10
+    assert all(line.endswith(".") and "..." not in line for line in listed), listed
 
 
 def test_a_preset_that_needs_no_imatrix_still_refuses_another_models(
