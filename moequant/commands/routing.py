@@ -10,7 +10,7 @@ import click
 
 from moequant.calibration_options import COMPUTE_DTYPES
 from moequant.commands.shared import json_option, open_checkpoint, out, print_json, progress_bars
-from moequant.routing_options import RoutingOptions
+from moequant.routing.options import RoutingOptions
 
 DEFAULT = RoutingOptions()
 
@@ -53,8 +53,8 @@ def routing(
         **arguments,
     )
     from moequant.architectures import describe
-    from moequant.evaluate.routing import analyse_routing
     from moequant.pipeline import check_device
+    from moequant.routing.analysis import analyse_routing
     from moequant.tables import routing as tables
 
     check_device(options.device)

@@ -1,14 +1,15 @@
 """Perplexity, as llama-perplexity defines it, through the streamed forward.
 
-Owns: which positions are scored, the loss from logits that come in slices, the estimate and its
-error. Leaves out: the forward (`calibrate.forward`), the weights: any source that serves tensors
-under the checkpoint's names, so a checkpoint and a quantized file (`gguf_weights`) alike.
+Owns: which positions are scored, the loss from logits that come in slices, the tool's estimate.
+Leaves out: the forward (`calibrate.forward`), the weights: any source that serves tensors under the
+checkpoint's names, so a checkpoint and a quantized file (`gguf_weights`) alike.
 
 Definition (`tools/perplexity/perplexity.cpp`, `perplexity()`): the text is one stream of tokens,
 cut into windows of n, the first token of each replaced by BOS where the tokenizer adds one. In
 each window positions n/2 to n-2 are scored on the tokens after them, so that every prediction has
-context. PPL = exp(mean of the negative log likelihood); its error is PPL times the standard error
-of that mean.
+context. PPL = exp(mean of the negative log likelihood). `Perplexity.stderr` is the tool's, too, so
+that the two compare: PPL times the standard error of that mean, tokens being independent. They are
+not, and it is too small; `statistics` has the error over windows.
 """
 
 import math
@@ -53,7 +54,7 @@ class Perplexity:
 
     @property
     def stderr(self) -> float:
-        """Standard error of `ppl`, to first order; 0 for a single token."""
+        """llama-perplexity's standard error of `ppl`: tokens as independent; 0 for a single one."""
         if self.tokens < 2:
             return 0.0
         return self.ppl * float(self.nll.std(correction=0)) / math.sqrt(self.tokens - 1)

@@ -1,6 +1,6 @@
 """Tables and JSON of `routing`.
 
-Owns: wording, order. Leaves out: the figures (`evaluate.routing`).
+Owns: wording, order. Leaves out: the figures (`routing.analysis`).
 """
 
 import math
@@ -13,8 +13,8 @@ from rich.text import Text
 from moequant.tables.common import SHOWN_ROWS, grid, size
 
 if TYPE_CHECKING:
-    from moequant.evaluate.ablation import Ablated
-    from moequant.evaluate.routing import LayerRouting, RoutingAnalysis
+    from moequant.routing.ablation import Ablated
+    from moequant.routing.analysis import LayerRouting, RoutingAnalysis
 
 NOT_MEASURED = "–"
 _TEXT_COLUMNS = 8  # texts with a column of their own in a table
@@ -22,20 +22,23 @@ _WITHIN = 0.01  # of perplexity: what the verdict calls as good
 
 
 def routing_tables(found: "RoutingAnalysis") -> list[RenderableType]:
-    """Summary, layers, who is specialised, dead and dominant experts, the ablation and verdict."""
+    """Notes, summary, layers, dead and dominant experts, specialists, ablation and verdict."""
     summary = grid(found.checkpoint)
     summary.add_row("experts", f"{found.experts} per layer, {found.experts_used} per token, in "
                     f"{len(found.layers)} layers")  # fmt: skip
     summary.add_row("texts", ", ".join(f"{name} ({n} tokens)" for name, n in found.texts.items()))
     tokens = sum(found.texts.values())
+    windows = tokens // found.sequence_length
+    summary.add_row("sequences", f"{windows} of {found.sequence_length} tokens")
     summary.add_row("tokens per expert", f"{tokens * found.experts_used / found.experts:.0f} if "
                     f"all were used alike, of {tokens}")  # fmt: skip
-    tables: list[RenderableType] = [summary, _use_table(found), _difference_table(found)]
-    tables += _uneven_notes(found)
+    tables: list[RenderableType] = [Text(note, style="yellow") for note in found.notes]
+    tables += [summary, _use_table(found), _difference_table(found), *_uneven_notes(found)]
     if len(found.texts) > 1:
-        tables.append(_specialists_table(found))
+        tables += _specialists_table(found)
     if found.ablation is not None:
         tables.append(_ablation_table(found.ablation, found.experts_used))
+        tables.append(Text(_error_note(found), style="dim"))
         if len(found.texts) > 1:
             tables.append(_by_text_table(found.ablation))
         tables.append(Text(verdict(found.ablation, found)))
@@ -116,18 +119,20 @@ def _experts(experts: list[int]) -> str:
     return f"{shown} and {more} more" if more > 0 else shown
 
 
-def _specialists_table(found: "RoutingAnalysis") -> RenderableType:
-    """The most specialised experts of all layers, most first."""
+def _specialists_table(found: "RoutingAnalysis") -> list[RenderableType]:
+    """The most specialised experts of all layers, most first; none if nobody could be told."""
     every = [(layer.layer, s) for layer in found.layers for s in layer.domains.specialists]
+    if not all(layer.domains.enough for layer in found.layers):
+        return []
     if not every:
-        return Text("No expert prefers a text by more than chance would have it.")
+        return [Text("No expert prefers a text by more than chance would have it.")]
     every.sort(key=lambda pair: -pair[1].ratio)
     table = _table("experts that prefer a text")
     for column in ("layer", "expert", "text", "times as often as on average"):
         table.add_column(column, justify="left" if column == "text" else "right")
     for bid, one in every[: SHOWN_ROWS // 2]:
         table.add_row(str(bid), f"e{one.expert}", Text(one.domain), f"{one.ratio:.1f}")
-    return table
+    return [table]
 
 
 def _ablation_table(ablation: "list[Ablated]", used: int) -> Table:
@@ -139,11 +144,22 @@ def _ablation_table(ablation: "list[Ablated]", used: int) -> Table:
         whole = one.experts == used
         table.add_row(
             one.name,
-            f"{_short(one.perplexity.ppl)} ± {_short(one.perplexity.stderr)}",
-            NOT_MEASURED if whole else f"{_growth(one.delta_nll):+.1%}",
-            NOT_MEASURED if whole else f"{one.delta_nll:+.4f} ± {one.delta_nll_stderr:.4f}",
+            f"{_short(one.perplexity.value)} ± {_short(one.perplexity.stderr)}",
+            NOT_MEASURED if whole else f"{_growth(one.delta_nll.value):+.1%}",
+            NOT_MEASURED if whole else f"{one.delta_nll.value:+.4f} ± {one.delta_nll.stderr:.4f}",
         )
     return table
+
+
+def _error_note(found: "RoutingAnalysis") -> str:
+    """What stands behind ± in the table above."""
+    numbers = [n // found.sequence_length for n in found.texts.values()]
+    if sum(numbers) == 1:
+        return "±: standard error as if tokens were independent, too small; take more sequences."
+    said = f"±: standard error over the {sum(numbers)} sequences, since tokens of one are alike"
+    if min(numbers) > 1:
+        return f"{said}, within each text; that of Δ is paired."
+    return f"{said}; that of Δ is paired. Too large, since a text has one sequence only."
 
 
 def _by_text_table(ablation: "list[Ablated]") -> Table:
@@ -166,7 +182,7 @@ def verdict(ablation: "list[Ablated]", found: "RoutingAnalysis") -> str:
     enough = [
         one
         for one in ablation
-        if 0 < one.experts < found.experts_used and _growth(one.delta_nll) <= _WITHIN
+        if 0 < one.experts < found.experts_used and _growth(one.delta_nll.value) <= _WITHIN
     ]
     if enough:
         said.append(f"{enough[0].name} is within {_WITHIN:.0%} of {whole.name}.")
@@ -179,11 +195,14 @@ def verdict(ablation: "list[Ablated]", found: "RoutingAnalysis") -> str:
 
 def _effect(off: "Ablated", whole: "Ablated") -> str:
     """The sentence on the experts' branch; nothing is claimed within two standard errors."""
-    change = -_growth(-off.delta_nll)
-    without = _short(off.perplexity.ppl)
-    figures = f"{without} without, {_short(whole.perplexity.ppl)} with {whole.name}"
-    if abs(off.delta_nll) <= 2 * off.delta_nll_stderr:
-        return f"The experts change perplexity by no more than chance on these texts ({figures})."
+    change = -_growth(-off.delta_nll.value)
+    without = _short(off.perplexity.value)
+    figures = f"{without} without, {_short(whole.perplexity.value)} with {whole.name}"
+    if abs(off.delta_nll.value) <= 2 * off.delta_nll.stderr:
+        return (
+            "These texts cannot tell whether the experts lower or raise perplexity, since Δ is "
+            f"within two standard errors ({figures})."
+        )
     verb = "lower" if change > 0 else "raise"
     return f"The experts {verb} perplexity by {abs(change):.1%} ({figures})."
 
@@ -204,6 +223,7 @@ def routing_json(found: "RoutingAnalysis") -> dict[str, Any]:
     return {
         "checkpoint": found.checkpoint,
         "texts": [{"name": name, "tokens": n} for name, n in found.texts.items()],
+        "sequence_length": found.sequence_length,
         "experts": found.experts,
         "experts_used": found.experts_used,
         "expert_bytes": found.expert_bytes,
@@ -211,6 +231,7 @@ def routing_json(found: "RoutingAnalysis") -> dict[str, Any]:
         "layers": [_layer_json(layer) for layer in found.layers],
         "ablation": None if found.ablation is None else [_ablated_json(a) for a in found.ablation],
         "verdict": None if found.ablation is None else verdict(found.ablation, found),
+        "notes": list(found.notes),
     }
 
 
@@ -238,10 +259,12 @@ def _ablated_json(one: "Ablated") -> dict[str, Any]:
     return {
         "name": one.name,
         "experts": one.experts,
-        "ppl": _finite(one.perplexity.ppl),
+        "ppl": _finite(one.perplexity.value),
         "stderr": _finite(one.perplexity.stderr),
-        "delta_nll": one.delta_nll,
-        "delta_nll_stderr": one.delta_nll_stderr,
+        "token_stderr": _finite(one.perplexity.token_stderr),
+        "delta_nll": one.delta_nll.value,
+        "delta_nll_stderr": one.delta_nll.stderr,
+        "delta_nll_token_stderr": one.delta_nll.token_stderr,
         "ppl_by_text": {name: _finite(value) for name, value in one.by_text.items()},
     }
 

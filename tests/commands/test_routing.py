@@ -52,6 +52,10 @@ def test_tables_fit_and_say_what_the_experts_do(checkpoint: Path, texts: tuple[s
         "off", "top-1", "top-2", "top-3", "top-4",
     ]  # fmt: skip
     assert "of the checkpoint's" in result.stdout
+    said = " ".join(result.stdout.split())
+    assert "4 of 64 tokens" in said and "4 sequences, since tokens of one are alike, within" in said
+    assert "plain prose has 2, [n] has 2, and 4 of each are needed." in said
+    assert "by more than chance" not in said
 
 
 def test_json_has_every_figure(checkpoint: Path, texts: tuple[str, ...]) -> None:
@@ -63,6 +67,9 @@ def test_json_has_every_figure(checkpoint: Path, texts: tuple[str, ...]) -> None
         {"name": "plain prose", "tokens": 128},
         {"name": "[n]", "tokens": 128},
     ]
+    assert data["sequence_length"] == 64
+    (note,) = data["notes"]
+    assert note.startswith("Too few sequences")
     assert [layer["layer"] for layer in data["layers"]] == [0, 1, 2, 3]
     layer = data["layers"][2]
     assert set(layer) == {
@@ -83,7 +90,9 @@ def test_json_has_every_figure(checkpoint: Path, texts: tuple[str, ...]) -> None
     off, whole = data["ablation"][0], data["ablation"][-1]
     assert (whole["delta_nll"], whole["delta_nll_stderr"]) == (0, 0)
     assert off["ppl"] / whole["ppl"] == pytest.approx(math.exp(off["delta_nll"]))
-    assert whole["stderr"] > 0 and set(whole["ppl_by_text"]) == {"plain prose", "[n]"}
+    assert 0 < whole["token_stderr"] != whole["stderr"] > 0
+    assert 0 < off["delta_nll_token_stderr"] != off["delta_nll_stderr"] > 0
+    assert set(whole["ppl_by_text"]) == {"plain prose", "[n]"}
 
 
 def test_one_text_and_no_ablation(checkpoint: Path, texts: tuple[str, ...]) -> None:
@@ -92,16 +101,17 @@ def test_one_text_and_no_ablation(checkpoint: Path, texts: tuple[str, ...]) -> N
     printed = run(*options).stdout
     assert "by chance" in printed and "prefer" not in printed and "perplexity" not in printed
     data = json.loads(run(*options, "--json").stdout)
-    assert data["ablation"] is None and data["verdict"] is None
+    assert data["ablation"] is None and data["verdict"] is None and data["notes"] == []
     assert {layer["specialisation_bits"] for layer in data["layers"]} == {0.0}
 
 
 def test_the_trained_example_is_worth_its_experts(tiny_model: Path) -> None:
-    """The built-in texts, one window each."""
-    result = run(tiny_model, "--tokens", "512", "--top", "1")
+    """The built-in texts, two windows each."""
+    result = run(tiny_model, "--tokens", "1024", "--top", "1")
     assert result.exit_code == 0, result.output
     assert "No expert is dead, none dominates its layer." in result.stdout
     assert "The experts lower perplexity by" in result.stdout
+    assert "Too few sequences" in result.stdout and "No expert prefers" not in result.stdout
     assert "14.2 MB of the checkpoint's 22.6 MB (63%)" in " ".join(result.stdout.split())
 
 

@@ -5,23 +5,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from moequant.evaluate.ablation import Ablated
-from moequant.evaluate.perplexity import Perplexity
+from moequant.evaluate.statistics import Estimate
+from moequant.routing.ablation import Ablated
 from moequant.tables.routing import routing_json, verdict
 
 ANALYSIS: Any = SimpleNamespace(
     checkpoint="x", texts={}, experts=8, experts_used=2, expert_bytes=3_000, total_bytes=4_000,
-    layers=[], ablation=None,
+    layers=[], ablation=None, sequence_length=512, notes=(),
 )  # fmt: skip
 
 
 def variant(experts: int, nats: float, stderr: float = 0.001) -> Ablated:
     """Perplexity 100·e^nats, `nats` more than that of top-2."""
-    nll = torch.full((4,), math.log(100) + nats, dtype=torch.float64)
+    ppl = 100 * math.exp(nats) if nats < 700 else math.inf
     name = f"top-{experts}" if experts else "off"
-    return Ablated(name, experts, Perplexity(nll), {"a": 100.0}, nats, stderr)
+    whole, delta = Estimate(ppl, 0.01 * ppl, 0.001 * ppl), Estimate(nats, stderr, stderr / 9)
+    return Ablated(name, experts, whole, {"a": 100.0}, delta)
 
 
 @pytest.mark.parametrize(
@@ -29,12 +29,16 @@ def variant(experts: int, nats: float, stderr: float = 0.001) -> Ablated:
     [
         (variant(0, math.log(2)), "The experts lower perplexity by 50.0% (200.0 without, 100.0 "),
         (variant(0, -math.log(2)), "The experts raise perplexity by 100.0% (50.00 without, 100.0 "),
-        (variant(0, 0.01, 0.006), "change perplexity by no more than chance on these texts (101.0"),
+        (
+            variant(0, 0.01, 0.006),
+            "cannot tell whether the experts lower or raise perplexity, since Δ is within two "
+            "standard errors (101.0",
+        ),
     ],
 )
 def test_the_effect_of_the_branch(off: Ablated, said: str) -> None:
     found = verdict([off, variant(1, 0.05), variant(2, 0)], ANALYSIS)
-    assert said in found and "within" not in found
+    assert said in found and "within 1%" not in found
     assert found.endswith("The experts take 3.0 kB of the checkpoint's 4.0 kB (75%).")
 
 

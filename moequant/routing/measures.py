@@ -1,6 +1,6 @@
 """The numbers that describe a layer's routing, from counts and weights.
 
-Owns: their formulas. Leaves out: where counts come from (`routing_watch`), and the run (`routing`).
+Owns: their formulas. Leaves out: where counts come from (`watch`), and the run (`analysis`).
 
 With n_e the routed tokens of expert e of E, p_e = n_e / Σ n its share, T the tokens, k chosen each:
 
@@ -23,6 +23,10 @@ With n_e the routed tokens of expert e of E, p_e = n_e / Σ n its share, T the t
                     exceeds what the largest part of any pair is in 19 of 20 permutations (Westfall
                     and Young, "Resampling-based multiple testing", 1993: so in a layer without
                     specialisation none is named 19 times of 20). `ratio` = P_d(e) / M(e).
+    sequences       At least 4 of each domain are needed to name anybody. Of D domains with n each,
+                    up to D²/C(D·n, n) of the permutations leave a domain's sequences together, and
+                    its part as large as it is. With n = 4 that is under 1 in 20, so that this rule
+                    can be met; with n = 3 it is not for 2 to 5 domains; with n = 1 all of them do.
     cosine          of two experts: all their weights (gate, up, down) as one vector. Experts made
                     of copies of one MLP begin at 1, random ones at 0. It does not see that two
                     experts compute the same with their inner columns in another order.
@@ -38,6 +42,7 @@ from torch import Tensor
 PERMUTATIONS = 200
 DOMINANT = 4.0  # times an even use
 SPECIALISTS = 5  # named per layer
+LEAST_SEQUENCES = 4  # of each domain
 _CONFIDENCE = 0.95
 _ROUNDING = 1e-12  # bits; the same sum in another order
 _COLUMNS = 1 << 24  # weights in float32 at once
@@ -54,11 +59,15 @@ class Specialist:
 
 @dataclass(frozen=True)
 class Specialisation:
-    """`domain_share[name]`: shares of the experts, (experts,) float64; `bits`, `chance_bits`."""
+    """`domain_share[name]`: shares of the experts, (experts,) float64; `bits`, `chance_bits`.
+
+    `enough`: every domain has `LEAST_SEQUENCES`; nobody is named in `specialists` otherwise.
+    """
 
     domain_share: dict[str, Tensor]
     bits: float
     chance_bits: float
+    enough: bool
     specialists: tuple[Specialist, ...]
 
 
@@ -116,13 +125,15 @@ def specialisation(
     orders = [torch.randperm(len(labels), generator=generator) for _ in range(PERMUTATIONS)]
     _, by_chance = _divergence(counts, labels[torch.stack(orders)], len(names))
     limit = by_chance.flatten(1).amax(1).quantile(_CONFIDENCE)
-    above = [tuple(pair) for pair in (parts > limit + _ROUNDING).nonzero().tolist()]
+    enough = int(labels.bincount().min()) >= LEAST_SEQUENCES
+    above = [tuple(at) for at in (parts > limit + _ROUNDING).nonzero().tolist() if enough]
     above.sort(key=lambda pair: -float(parts[pair]))
     mean = share.mean(0)
     return Specialisation(
         domain_share=dict(zip(names, share, strict=True)),
         bits=float(parts.sum()),
         chance_bits=float(by_chance.sum((1, 2)).mean()),
+        enough=enough,
         specialists=tuple(
             Specialist(expert, names[domain], float(share[domain, expert] / mean[expert]))
             for domain, expert in above[:SPECIALISTS]

@@ -1,7 +1,8 @@
 """`moequant routing`: how a model uses its experts, and what they are worth.
 
-Owns: the order of things and the result. Leaves out: hooks (`routing_watch`), formulas
-(`routing_measures`), variants with fewer experts (`ablation`), printing (`tables.routing`).
+Owns: the order of things, the result, and notes on what to make of it.
+Leaves out: hooks (`watch`), formulas (`measures`), variants with fewer experts (`ablation`),
+printing (`tables.routing`).
 
 One pass over the layers does it all: each is loaded once, run over the texts with a watch on its
 router, measured for the cosines between its experts, and run again for every variant of the
@@ -30,8 +31,10 @@ from moequant.calibrate.windows import (
 )
 from moequant.checkpoint import Checkpoint
 from moequant.errors import ArchitectureError, CalibrationError
-from moequant.evaluate.ablation import Ablated, Variants
-from moequant.evaluate.routing_measures import (
+from moequant.parameters import is_expert
+from moequant.routing.ablation import Ablated, Variants
+from moequant.routing.measures import (
+    LEAST_SEQUENCES,
     Cosine,
     Specialisation,
     cosine_between_experts,
@@ -41,14 +44,13 @@ from moequant.evaluate.routing_measures import (
     normalised_entropy,
     specialisation,
 )
-from moequant.evaluate.routing_watch import BranchSize, Confidence, RoutingWatch
-from moequant.parameters import is_expert
-from moequant.routing_options import RoutingOptions
+from moequant.routing.options import RoutingOptions
+from moequant.routing.watch import BranchSize, Confidence, RoutingWatch
 
 
 @dataclass(frozen=True)
 class LayerRouting:
-    """Figures of one layer with experts; `routing_measures` and `routing_watch` define them.
+    """Figures of one layer with experts; `measures` and `watch` define them.
 
     `share`: of the routed tokens, `gate_share`: of the gate mass, both (experts,) float64.
     `branch`: None without a dense branch; `cosine`: None with a single expert.
@@ -69,16 +71,19 @@ class LayerRouting:
 
 @dataclass(frozen=True)
 class RoutingAnalysis:
-    """`texts`: tokens by name. `experts_used`: per token. `ablation`: None if it was left out."""
+    """`texts`: tokens by name, in sequences of `sequence_length`. `experts_used`: per token.
+    `ablation`: None if it was left out. `notes`: sentences on what the figures cannot tell."""
 
     checkpoint: str
     texts: dict[str, int]
+    sequence_length: int
     experts: int
     experts_used: int
     expert_bytes: int
     total_bytes: int
     layers: list[LayerRouting]
     ablation: list[Ablated] | None
+    notes: tuple[str, ...]
 
 
 def analyse_routing(
@@ -114,13 +119,33 @@ def analyse_routing(
     return RoutingAnalysis(
         checkpoint=checkpoint.name,
         texts={name: windows.numel() for name, windows in cut.items()},
+        sequence_length=options.sequence_length,
         experts=spec.expert_count,
         experts_used=spec.expert_used_count,
         expert_bytes=sum(size for name, size in sizes.items() if is_expert(name)),
         total_bytes=sum(sizes.values()),
         layers=layers,
         ablation=ablation,
+        notes=tuple(_notes(spec, cut, options)),
     )
+
+
+def _notes(spec: ModelSpec, cut: dict[str, Tensor], options: RoutingOptions) -> Iterator[str]:
+    length = options.sequence_length
+    if length > spec.context_length:
+        yield (
+            f"--sequence-length {length} is more than the model's context of "
+            f"{spec.context_length} tokens (max_position_embeddings): what it does beyond it says "
+            "little about the model."
+        )
+    numbers = {name: len(windows) for name, windows in cut.items()}
+    few = [f"{name} has {n}" for name, n in numbers.items() if n < LEAST_SEQUENCES]
+    if len(cut) > 1 and few:
+        yield (
+            f"Too few sequences of {length} tokens to tell whether experts prefer a text: "
+            f"{', '.join(few)}, and {LEAST_SEQUENCES} of each are needed. Raise --tokens, give "
+            "longer texts, or lower --sequence-length."
+        )
 
 
 def text_windows(folder: Path, spec: ModelSpec, options: RoutingOptions) -> dict[str, Tensor]:

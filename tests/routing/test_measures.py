@@ -1,11 +1,14 @@
 """The formulas on cases small enough to compute by hand."""
 
+import itertools
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from moequant.evaluate.routing_measures import (
+from moequant.routing.measures import (
+    LEAST_SEQUENCES,
     cosine_between_experts,
     dead,
     dominant,
@@ -97,6 +100,45 @@ def test_noise_is_not_specialisation() -> None:
     assert found.specialists == ()
 
 
+@pytest.mark.parametrize("domains", [2, 3, 6])
+def test_sequences_that_it_takes_to_name_somebody(domains: int) -> None:
+    """Domains with an expert each are told with four, and never with less."""
+    names = [str(n) for n in range(domains)]
+    for n in (1, 3, 4):
+        labels = torch.arange(domains * n) // n
+        counts = 8 * torch.nn.functional.one_hot(labels, domains)
+        for seed in range(5):
+            found = specialisation(counts, labels, names, seed)
+            assert found.enough == (len(found.specialists) > 0) == (n == 4)
+
+
+def partitions(items: frozenset[int], size: int) -> Iterator[list[frozenset[int]]]:
+    """Every way to give `items` to domains of `size` each."""
+    if not items:
+        yield []
+        return
+    for first in map(frozenset, itertools.combinations(sorted(items), size)):
+        for rest in partitions(items - first, size):
+            yield [first, *rest]
+
+
+@pytest.mark.parametrize(("domains", "each"), [(2, 3), (3, 3), (2, 4), (3, 4)])
+def test_how_often_a_domain_s_sequences_stay_together(domains: int, each: int) -> None:
+    """Counted over every way to label: with three each it is more than 1 in 20."""
+    ways = list(partitions(frozenset(range(domains * each)), each))
+    assert len(ways) == math.factorial(domains * each) / math.factorial(each) ** domains
+    own = {frozenset(range(d * each, (d + 1) * each)) for d in range(domains)}
+    together = sum(not own.isdisjoint(way) for way in ways) / len(ways)
+    assert 0 < together <= domains**2 / math.comb(domains * each, each)
+    assert (together <= 0.05) == (each >= LEAST_SEQUENCES)
+
+
+def test_one_sequence_beside_many_names_nobody() -> None:
+    counts = torch.tensor([[0, 8]] + [[8, 0]] * 60)
+    labels = torch.tensor([0] + [1] * 60)
+    assert specialisation(counts, labels, ["one", "many"]).specialists == ()
+
+
 def test_one_sequence_per_domain_says_nothing() -> None:
     counts = torch.tensor([[8, 1, 3], [0, 8, 9], [2, 3, 1]])
     found = specialisation(counts, torch.arange(3), ["a", "b", "c"])
@@ -112,7 +154,7 @@ def test_a_single_domain_has_no_divergence() -> None:
 @pytest.mark.parametrize("columns", [1, 8, 1 << 20])
 def test_cosines_over_all_weights(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Experts (1, 0 | 1), (1, 1 | 0), (0, 0 | 0), (-2, 0 | -2): parts of two tensors."""
-    monkeypatch.setattr("moequant.evaluate.routing_measures._COLUMNS", columns)
+    monkeypatch.setattr("moequant.routing.measures._COLUMNS", columns)
     first = torch.tensor([[[1.0, 0]], [[1, 1]], [[0, 0]], [[-2, 0]]])
     second = torch.tensor([[[1.0]], [[0]], [[0]], [[-2]]])
     found = cosine_between_experts([first, second])

@@ -1,16 +1,20 @@
 """What experts are worth: perplexity with fewer of them, and with none.
 
 Owns: running variants of a model beside it, layer by layer, and comparing their perplexities.
-Leaves out: the forward (`calibrate.forward`), and the definition of perplexity (`perplexity`).
+Leaves out: the forward (`calibrate.forward`), and what perplexity is (`evaluate.perplexity`).
 
 "top-j" is what the model does when its own configuration says j experts per token: the router's
 attribute is set, so that gates are normalised again where the family does so. "off" is top-0: no
 expert is chosen, the experts' branch is zeros, and so it is after its norm, so that the layer keeps
 its dense branch alone. It exists only where there is one (additive models). From the first layer
 with experts on each variant has hidden states of its own; a layer is loaded once for all of them.
+
+Errors are over windows, whose tokens are alike, and within texts: texts are chosen, not drawn, and
+what they differ by is no error (stratified sampling; Cochran, "Sampling Techniques", 1977, ch. 5).
 """
 
 import copy
+import math
 from collections.abc import Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,8 +27,8 @@ from torch import Tensor, nn
 from moequant.calibrate.forward import Batch, StreamedModel
 from moequant.calibrate.near_miss import RouterOutput
 from moequant.calibrate.run import check_output
-from moequant.evaluate.divergence import mean
-from moequant.evaluate.perplexity import Perplexity, score
+from moequant.evaluate.perplexity import score
+from moequant.evaluate.statistics import Estimate, exponential, mean
 
 OFF = "off"
 
@@ -34,16 +38,15 @@ class Ablated:
     """Perplexity of a variant, and nll - nll of the whole model per scored token.
 
     `name`: "off" or "top-j". `experts`: how many per token. `by_text`: the perplexity of each
-    text. `delta_nll` in nats, with the paired standard error: the tokens are the same, so this
-    tells two variants apart when `perplexity`'s own errors do not.
+    text. `delta_nll` in nats, with the paired error: the tokens are the same, so this tells two
+    variants apart when `perplexity`'s own errors do not.
     """
 
     name: str
     experts: int
-    perplexity: Perplexity
+    perplexity: Estimate
     by_text: dict[str, float]
-    delta_nll: float
-    delta_nll_stderr: float
+    delta_nll: Estimate
 
 
 class Variants:
@@ -88,23 +91,42 @@ class Variants:
         every = chain.from_iterable(batches[top] for top in self.tops)
         found = score(model, every, windows.repeat(len(self.tops), 1))
         losses = dict(zip(self.tops, found.nll.chunk(len(self.tops)), strict=True))
-        return [
-            _ablated(top, losses[top], losses[self._used], texts, len(windows)) for top in self.tops
-        ]
+        return [_ablated(top, losses[top], losses[self._used], texts) for top in self.tops]
 
 
-def _ablated(top: int, nll: Tensor, whole: Tensor, texts: dict[str, int], windows: int) -> Ablated:
-    per_window = len(nll) // windows
-    parts = nll.split([n * per_window for n in texts.values()])
-    difference = mean(nll - whole)
+def _ablated(top: int, nll: Tensor, whole: Tensor, texts: dict[str, int]) -> Ablated:
+    numbers = list(texts.values())
+    parts = _means(nll, numbers)
     return Ablated(
         name=f"top-{top}" if top else OFF,
         experts=top,
-        perplexity=Perplexity(nll),
-        by_text={name: Perplexity(part).ppl for name, part in zip(texts, parts, strict=True)},
-        delta_nll=difference.value,
-        delta_nll_stderr=difference.stderr,
+        perplexity=exponential(mean_of_texts(nll, numbers)),
+        by_text={name: exponential(found).value for name, found in zip(texts, parts, strict=True)},
+        delta_nll=mean_of_texts(nll - whole, numbers),
     )
+
+
+def mean_of_texts(values: Tensor, numbers: Sequence[int]) -> Estimate:
+    """The mean of float64 (tokens,), of texts with `numbers` of windows each, in their order.
+
+    With W_t windows in text t of W, and e_t the error of its mean, error² = Σ (W_t / W · e_t)². A
+    text of one window has no such error; then all windows count as one text's, and the error is
+    too large rather than too small.
+    """
+    windows = sum(numbers)
+    whole = mean(values, windows)
+    if min(numbers) < 2:
+        return whole
+    parts = _means(values, numbers)
+    errors = (n / windows * part.stderr for n, part in zip(numbers, parts, strict=True))
+    return Estimate(whole.value, math.hypot(*errors), whole.token_stderr)
+
+
+def _means(values: Tensor, numbers: Sequence[int]) -> list[Estimate]:
+    """The mean of each text, of (tokens,) and windows as above."""
+    per_window = len(values) // sum(numbers)
+    parts = values.split([n * per_window for n in numbers])
+    return [mean(part, n) for part, n in zip(parts, numbers, strict=True)]
 
 
 @contextmanager

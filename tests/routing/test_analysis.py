@@ -1,5 +1,6 @@
 """Routing and its ablation against transformers' ordinary forward, watched by hooks."""
 
+import json
 import math
 import shutil
 from collections.abc import Iterator
@@ -15,14 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from moequant.architectures import describe
 from moequant.calibrate.forward import StreamedModel
-from moequant.calibrate.near_miss import router_output
 from moequant.checkpoint import open_checkpoint
-from moequant.errors import ArchitectureError, CalibrationError, UsageError
-from moequant.evaluate.ablation import choosing
-from moequant.evaluate.routing import RoutingAnalysis, analyse_routing, text_windows
-from moequant.routing_options import RoutingOptions, default_tops
+from moequant.errors import ArchitectureError, CalibrationError
+from moequant.routing.analysis import RoutingAnalysis, analyse_routing, text_windows
+from moequant.routing.options import RoutingOptions
 from tests.calibrate.models import ONE_LINE, reference
-from tests.evaluate.routed import SHARED_KV, Seen, losses, make, with_top_k, without_experts
+from tests.routing.routed import SHARED_KV, Seen, losses, make, with_top_k, without_experts
 
 KINDS = ["gemma4-additive-some-layers", "gemma4-moe", SHARED_KV, "qwen3-moe"]
 LENGTH = 80  # longer than the sliding windows
@@ -174,15 +173,24 @@ def test_perplexities_are_those_of_models_with_fewer_experts(case: Case, tmp_pat
             model = with_top_k(kind, case.folder, one.experts, tmp_path / one.name)
         expected = losses(model, case.ids)
         ppl = math.exp(float(expected.mean()))
-        assert one.perplexity.ppl == pytest.approx(ppl, rel=1e-5)
-        difference = (expected - whole).flatten().numpy()
-        assert one.delta_nll == pytest.approx(difference.mean(), abs=1e-5)
-        stderr = difference.std(ddof=1) / math.sqrt(len(difference))
-        assert one.delta_nll_stderr == pytest.approx(stderr, rel=1e-3, abs=1e-6)
-        assert one.experts == 4 or one.delta_nll_stderr > 1e-2  # a variant that is no other
+        assert one.perplexity.value == pytest.approx(ppl, rel=1e-5)
+        numbers = [len(part) for part in case.windows.values()]
+        difference = expected - whole
+        assert one.delta_nll.value == pytest.approx(float(difference.mean()), abs=1e-5)
+        assert one.delta_nll.stderr == pytest.approx(error(difference, numbers), rel=1e-3, abs=1e-6)
+        assert one.experts == 4 or one.delta_nll.stderr > 1e-3  # a variant that is no other
+        assert one.perplexity.stderr == pytest.approx(ppl * error(expected, numbers), rel=1e-3)
         parts = expected.split([len(part) for part in case.windows.values()])
         for text, part in zip(case.windows, parts, strict=True):
             assert one.by_text[text] == pytest.approx(math.exp(float(part.mean())), rel=1e-5)
+
+
+def error(values: torch.Tensor, numbers: list[int]) -> float:
+    """Of the mean of (windows, scored), with so many windows of each text; by NumPy."""
+    means = np.split(values.mean(1).numpy(), np.cumsum(numbers)[:-1])
+    assert min(numbers) > 1
+    squares = [len(part) * part.var(ddof=1) for part in means]
+    return math.sqrt(sum(squares)) / len(values)
 
 
 def test_bytes_are_those_of_the_checkpoint(case: Case) -> None:
@@ -241,43 +249,34 @@ def test_experts_that_put_out_nothing_are_told(tmp_path: Path) -> None:
     analysis = analyse_routing(checkpoint, describe(checkpoint), options)
     assert analysis.ablation is not None
     assert [one.name for one in analysis.ablation] == ["off", "top-1", "top-4"]
-    assert {one.delta_nll for one in analysis.ablation} == {0.0}
+    assert {one.delta_nll.value for one in analysis.ablation} == {0.0}
     assert [layer.branch and layer.branch.ratio for layer in analysis.layers] == [0.0] * 4
 
 
-# --- options and refusals ----------------------------------------------------------------------
+def test_gates_below_zero_weigh_by_their_size(tmp_path: Path) -> None:
+    """Half of the experts' scales turned: with sums of both signs shares could be anything."""
+
+    def turn(scale: torch.Tensor) -> None:
+        scale[::2] *= -1
+
+    folder = edited(make("gemma4-moe", tmp_path / "a"), tmp_path / "b", "per_expert_scale", turn)
+    checkpoint, text = open_checkpoint(str(folder)), tmp_path / "text.txt"
+    text.write_text(ONE_LINE)
+    options = RoutingOptions((("text", text),), 256, 64, ablation=False)
+    spec = describe(checkpoint)
+    analysis = analyse_routing(checkpoint, spec, options)
+    model = reference("gemma4-moe", folder)
+    seen = [Seen(layer) for layer in model.model.layers]
+    with torch.no_grad():
+        model(input_ids=text_windows(folder, spec, options)["text"])
+    for layer, of_layer in zip(analysis.layers, seen, strict=True):
+        chosen, gates = of_layer.chosen.flatten(), of_layer.gates.flatten().double()
+        assert (gates < 0).any() and (gates > 0).any()
+        mass = torch.zeros(16, dtype=torch.float64).index_add_(0, chosen, gates.abs())
+        torch.testing.assert_close(layer.gate_share, mass / mass.sum(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_router_chooses_as_before_after_an_error() -> None:
-    row = router_output("qwen3_moe")
-    layer = torch.nn.Module()
-    layer.mlp = torch.nn.Module()
-    layer.mlp.gate = torch.nn.Linear(1, 1)
-    layer.mlp.gate.top_k = 4
-    with pytest.raises(KeyError), choosing(layer, row, 2):
-        assert layer.mlp.gate.top_k == 2
-        raise KeyError
-    assert layer.mlp.gate.top_k == 4
-
-
-def test_numbers_of_experts_to_try() -> None:
-    assert default_tops(4) == (1, 2, 3, 4)
-    assert default_tops(8) == tuple(range(1, 9))
-    assert default_tops(10) == (1, 2, 4, 8, 10)
-    assert default_tops(16) == (1, 2, 4, 8, 16)
-    assert RoutingOptions(tops=(6, 1)).tops_for(4, 16) == (1, 4, 6)
-    with pytest.raises(UsageError, match="--top 0, 17: the model has 16 experts"):
-        RoutingOptions(tops=(17, 2, 0)).tops_for(4, 16)
-
-
-def test_options_out_of_range_are_named_together() -> None:
-    twice = (("a", Path("x")), ("b", Path("y")), ("a", Path("z")))
-    with pytest.raises(UsageError) as error:
-        RoutingOptions(texts=twice, tokens=8, sequence_length=16, seed=-1, ablation=False, tops=())
-    message = str(error.value)
-    for part in ("tokens = 8, at least 16", "named 'a'", "seed = -1", "without the ablation"):
-        assert part in message
-    assert "'b'" not in message
+# --- refusals and notes ----------------------------------------------------------------------
 
 
 def test_a_dense_model_is_refused_before_its_text_is_read(tmp_path: Path) -> None:
@@ -294,6 +293,43 @@ def test_every_text_that_is_too_short_is_named(tmp_path: Path) -> None:
     texts = tuple((name, tmp_path / f"{name[0]}.txt") for name in ("short", "long", "scant"))
     with pytest.raises(CalibrationError, match=r"needs 64 tokens.*short has \d+, scant has \d+:"):
         analyse_routing(checkpoint, describe(checkpoint), RoutingOptions(texts, 64, 64))
+
+
+def test_sequences_longer_than_the_model_s_context_are_noted(tmp_path: Path) -> None:
+    folder, text = make("qwen3-moe", tmp_path / "moe"), tmp_path / "text.txt"
+    text.write_text(ONE_LINE)
+    options = RoutingOptions((("text", text),), 64, 64, ablation=False)
+    for longest, noted in ((64, False), (63, True)):
+        config = json.loads((folder / "config.json").read_text())
+        assert "max_position_embeddings" in config
+        changed = json.dumps(config | {"max_position_embeddings": longest})
+        (folder / "config.json").write_text(changed)
+        checkpoint = open_checkpoint(str(folder))
+        notes = analyse_routing(checkpoint, describe(checkpoint), options).notes
+        assert [*map(str, notes)] == [] or noted
+        assert (
+            not noted or "--sequence-length 64 is more than the model's context of 63" in notes[0]
+        )
+
+
+def test_texts_with_too_few_sequences_are_noted(tmp_path: Path) -> None:
+    """Two texts need four each; one has three. A single text needs none."""
+    checkpoint = open_checkpoint(str(make("qwen3-moe", tmp_path / "moe")))
+    text = tmp_path / "text.txt"
+    text.write_text(ONE_LINE * 2)
+    short = tmp_path / "short.txt"
+    short.write_text(ONE_LINE)
+    spec, found = describe(checkpoint), {}
+    for names in ((text, short), (text, text), (short,)):
+        texts = tuple((f"text {n}", path) for n, path in enumerate(names))
+        options = RoutingOptions(texts, 4 * 150, 150, ablation=False)
+        found[names] = analyse_routing(checkpoint, spec, options)
+    assert found[text, text].texts == {"text 0": 600, "text 1": 600}
+    assert found[text, short].texts == {"text 0": 600, "text 1": 450}
+    assert found[text, text].notes == found[short,].notes == ()
+    (note,) = found[text, short].notes
+    assert note.startswith("Too few sequences of 150 tokens to tell whether experts prefer a text:")
+    assert "text 1 has 3, and 4 of each" in note and "--tokens" in note
 
 
 def test_activations_that_overflow_are_an_error(tmp_path: Path) -> None:

@@ -1,11 +1,12 @@
 """Watching the routing of one layer: whom the router chooses, and what the two branches add.
 
-Owns: hooks on a layer's router and on the norms of its branches, and the sums they take. Leaves
-out: running the layer, and the figures made of the sums (`routing_measures`).
+Owns: hooks on a layer's router and on the norms of its branches, and the sums they take.
+Leaves out: running the layer, and the figures made of the sums (`measures`).
 
 Sums over all tokens, the first of each sequence too. A gate g is what an expert's output is
-multiplied by, so with Gemma 4's per_expert_scale; gate mass is Σ |g|. A branch's size is the RMS
-of its output after its norm, where it is added to the other:
+multiplied by, so with Gemma 4's per_expert_scale, which may be negative; gate mass is Σ |g|, since
+an expert adds as much with the sign turned. A branch's size is the RMS of its output after its
+norm, where it is added to the other:
 
     RMS = sqrt(Σ h² / (tokens · hidden))    cosine = mean over tokens of cos(h_experts, h_dense)
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moequant.calibrate.near_miss import Branches, RouterOutput, probabilities
-from moequant.evaluate.routing_measures import normalised_entropy
+from moequant.routing.measures import normalised_entropy
 
 
 @dataclass(frozen=True)
