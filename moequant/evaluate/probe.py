@@ -11,8 +11,8 @@ the few tokens with huge activations (BOS) do not decide.
              over all layers; of the embedding table: in the embeddings; of the output matrix: in
              the logits, each token's less their mean, which softmax does not see
 
-These are local: what a later layer makes of an error they do not say. On the example model at
-Q4_K_M the order of tensors by this error and by the KLD that each alone causes correlate
+These are local: what later layers make of an error they do not say. On the example model at Q4_K_M
+they rank matrices much as the KLD that each alone causes does: rank correlation 0.74
 (benchmarks/tensor_errors.py). Norms, scales and other vectors are not measured.
 """
 

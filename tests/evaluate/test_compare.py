@@ -258,7 +258,9 @@ def test_numbers_that_are_not_finite_are_refused_by_name(tmp_path: Path) -> None
     base, _ = models(kind)
     shutil.copytree(folder(kind), tmp_path / "huge")
     for shard in sorted((tmp_path / "huge").glob("*.safetensors")):
-        tensors = {n: t * 1e37 if "1.input_layernorm" in n else t for n, t in load_file(shard).items()}
+        tensors = {
+            n: t * 1e37 if "1.input_layernorm" in n else t for n, t in load_file(shard).items()
+        }
         save_file(tensors, shard, metadata={"format": "pt"})
     other = of_checkpoint(open_checkpoint(tmp_path / "huge"))
     with pytest.raises(CalibrationError, match=r"huge, layer 1: \d+ values are not finite"):
