@@ -32,6 +32,12 @@ NOT_HERE = -1
 _PART = re.compile(
     rf"(blk\.\d+\.ffn_(?:{'|'.join(KINDS)})_exps)\.(?:bank(0|[1-9]\d*)\.weight|(bank_map))"
 )
+_STACK = re.compile(rf"blk\.\d+\.ffn_(?:{'|'.join(KINDS)})_exps\.weight")
+
+
+def can_have_banks(name: str) -> bool:
+    """True for the name of a tensor that banks may stand for."""
+    return _STACK.fullmatch(name) is not None
 
 
 def bank_name(name: str, bank: int) -> str:

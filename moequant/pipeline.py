@@ -18,13 +18,15 @@ from moequant.checkpoint import Checkpoint
 from moequant.errors import ImatrixError, PlanError, UsageError, listing
 from moequant.evaluate.gguf_weights import GGUFWeights
 from moequant.evaluate.perplexity import Perplexity, perplexity
+from moequant.expert_errors import expert_scores
 from moequant.files import check_distinct, check_target
+from moequant.gguf_export.banks import bank_metadata
 from moequant.gguf_export.metadata import gguf_metadata
 from moequant.gguf_export.model_file import UNWEIGHTED, write_model
 from moequant.gguf_export.provenance import provenance
 from moequant.gguf_file import read_gguf
 from moequant.parameters import Parameters, count_parameters
-from moequant.plan import PRESETS, Plan, preset_plan
+from moequant.plan import PRESETS, Plan, per_expert_plan, preset_plan, rankable
 
 Progress = Callable[[str, int, int], None]
 OUTPUT = "output.weight"  # llama-imatrix names it so in tied models too
@@ -35,10 +37,12 @@ class ExportOptions:
     """What `moequant export` can be told.
 
     `plan_file` replaces `preset`; `imatrix_file` replaces calibration; `calibration` None means
-    that there is none.
+    that there is none. `per_expert`: experts of one layer may get different types, at the preset's
+    size; such a file needs a patched llama.cpp.
     """
 
     preset: str = "Q4_K_M"
+    per_expert: bool = False
     plan_file: Path | None = None
     imatrix_file: Path | None = None
     calibration: CalibrationOptions | None = field(default_factory=CalibrationOptions)
@@ -88,12 +92,17 @@ def export(
     check_places(checkpoint.path, path, options)
     model = describe(checkpoint)
     plan = make_plan(checkpoint, model, options)
+    if options.per_expert:
+        check_per_expert(plan, options)
     check_target(path, force=options.force, needed=plan.size_bytes)
     # before calibration, which may take hours: a tokenizer that is not served fails here
     metadata = gguf_metadata(model, checkpoint, file_type=PRESETS[plan.preset].file_type)
     imatrix = obtain_imatrix(checkpoint, model, plan, options, progress)
     if options.save_imatrix is not None and imatrix is not None:
         imatrix.write(options.save_imatrix)
+    if options.per_expert and imatrix is not None:
+        scores = expert_scores(checkpoint, model, rankable(plan), imatrix, options.device, progress)
+        plan = per_expert_plan(plan, scores)
     if options.save_plan is not None:
         plan.write(options.save_plan)
     used = imatrix if plan_uses_importance(plan) else None
@@ -106,6 +115,7 @@ def export(
         notes=_notes(checkpoint, used),
     )  # fmt: skip
     source = None if options.imatrix_file is None else options.imatrix_file.name
+    metadata += bank_metadata(plan)
     metadata += provenance(checkpoint, plan, used, result.parameters, source=source,
                            unweighted=result.unweighted, edited=result.edited)  # fmt: skip
     write_model(path, checkpoint, model, plan, used, metadata, options.device, progress)
@@ -149,6 +159,25 @@ def make_plan(checkpoint: Checkpoint, model: ModelSpec, options: ExportOptions) 
     return preset_plan(options.preset, model, has_imatrix=has_imatrix, base=base)
 
 
+def check_per_expert(plan: Plan, options: ExportOptions) -> None:
+    """What stands against types for single experts, before calibration.
+
+    Raises:
+        UsageError: no importance to rank experts by, or a plan that has types already.
+        PlanError: no tensor of `plan` has experts that could differ.
+    """
+    if options.plan_file is not None:
+        raise UsageError(
+            "--expert-precision per-expert has no use beside --plan, which has all types."
+        )
+    if options.calibration is None and options.imatrix_file is None:
+        raise UsageError(
+            "--expert-precision per-expert ranks experts by what calibration measures; leave out "
+            "--no-calibration, or give an --imatrix made by `moequant calibrate`."
+        )
+    rankable(plan)
+
+
 def base_type(checkpoint: Checkpoint, model: ModelSpec) -> str:
     """The float type of what is not quantized: the converter's `--outtype auto`."""
     for spec in model.tensors:
@@ -186,7 +215,7 @@ def obtain_imatrix(
 
 def plan_uses_importance(plan: Plan) -> bool:
     """True if any tensor's type is one whose encoder can use importance."""
-    return any(tensor.qtype not in UNWEIGHTED for tensor in plan.tensors)
+    return any(not UNWEIGHTED.issuperset(tensor.qtypes) for tensor in plan.tensors)
 
 
 def model_parameters(model: ModelSpec) -> Parameters:
@@ -252,7 +281,7 @@ def _unweighted(plan: Plan, imatrix: Imatrix | None) -> tuple[str, ...]:
     return imatrix.check(
         (tensor.name, prod(tensor.shape[:-2]), tensor.shape[-1])
         for tensor in plan.tensors
-        if len(tensor.shape) > 1 and tensor.qtype not in UNWEIGHTED
+        if len(tensor.shape) > 1 and not UNWEIGHTED.issuperset(tensor.qtypes)
     )
 
 

@@ -1,6 +1,5 @@
 """Expert banks: every expert is found where gguf-py wrote it, and damaged maps are named."""
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ import numpy as np
 import pytest
 
 from moequant.checkpoint import open_checkpoint
-from moequant.errors import GGUFError
+from moequant.errors import GGUFError, LlamaCppError
 from moequant.expert_banks import bank_name, is_bank_part, map_name, read_banks
 from moequant.gguf_file import read_gguf
 from moequant.inspection import inspect
 from moequant.pipeline import ExportOptions, export
 from moequant.runtime.llama_cpp import LlamaCpp
+from moequant.runtime.perplexity_tool import run_perplexity
 from tests.banked_files import I32, Q8_0, banked
 from tests.checkpoints import TEXT, make_checkpoint
 from tests.gguf_files import rewrite
@@ -190,8 +190,7 @@ def test_stock_llama_cpp_refuses_banks(llama_cpp: LlamaCpp, whole: Path, tmp_pat
     banked(whole, tmp_path / "banked.gguf", (None, None))
     text = tmp_path / "text.txt"
     text.write_text(TEXT, "utf-8")
-    command = [llama_cpp.tool("llama-perplexity"), "-m", tmp_path / "banked.gguf", "-f", text,
-               "-c", "64", "-b", "64", "-t", "1"]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert result.returncode != 0
-    assert "tensor 'blk.1.ffn_gate_exps.weight' not found" in result.stdout + result.stderr
+    arguments = ["-m", str(tmp_path / "banked.gguf"), "-f", str(text), "-c", "64", "-b", "64",
+                 "-t", "1"]  # fmt: skip
+    with pytest.raises(LlamaCppError, match=r"tensor 'blk\.1\.ffn_gate_exps\.weight' not found"):
+        run_perplexity(llama_cpp, arguments, timeout=60)

@@ -32,6 +32,11 @@ CALIBRATION_ONLY = (
 @output_option
 @quant_option
 @without_experts_option
+@click.option("--expert-precision", type=click.Choice(["per-layer", "per-expert"]),
+              default="per-layer", show_default=True,
+              help="per-expert: within a layer, experts whose error weighs most get more bits, "
+              "others fewer, at the preset's size. Such a file needs llama.cpp with moequant's "
+              "patch; stock llama.cpp and Ollama refuse it.")  # fmt: skip
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), metavar="PLAN.JSON",
               help="Use this plan's types instead of a preset's.")  # fmt: skip
 @click.option("--imatrix", "imatrix_file", type=click.Path(path_type=Path), metavar="FILE",
@@ -74,6 +79,8 @@ def export(
     _refuse_idle_options(ctx)
     options = _export_options(arguments)
     check_target(output, force=options.force)
+    if ollama_name is not None:
+        _refuse_banks(options)
     page = output.with_suffix(".html") if with_report else None
     written = [page] if page is not None else []
     if ollama_name is not None:
@@ -107,6 +114,21 @@ def export(
 
         for table in ollama_tables(_publish(ollama_name, result.path)):
             out.print(table, soft_wrap=True)
+
+
+def _refuse_banks(options: Any) -> None:
+    """UsageError where the file would have expert banks, which Ollama cannot run."""
+    from moequant.errors import UsageError
+    from moequant.plan import Plan
+
+    cause = "--expert-precision per-expert" if options.per_expert else ""
+    if options.plan_file is not None and Plan.read(options.plan_file).banked:
+        cause = f"{options.plan_file}, which gives experts of one layer different types,"
+    if cause:
+        raise UsageError(
+            f"--ollama and {cause} exclude each other: the llama.cpp inside Ollama cannot run "
+            "expert banks, only a patched one can. Export with one type per tensor for Ollama."
+        )
 
 
 def _write_report(page: Path, path: Path, fidelity: Any) -> None:
@@ -162,7 +184,9 @@ def _export_options(arguments: dict[str, Any]) -> Any:
     no_calibration = arguments.pop("no_calibration")
     if no_calibration and arguments["imatrix_file"] is not None:
         raise UsageError("--no-calibration and --imatrix exclude each other.")
-    return ExportOptions(calibration=None if no_calibration else calibration, **arguments)
+    per_expert = arguments.pop("expert_precision") == "per-expert"
+    measured = None if no_calibration else calibration
+    return ExportOptions(calibration=measured, per_expert=per_expert, **arguments)
 
 
 @click.command(short_help="Measure importance and write it as an imatrix.")

@@ -21,9 +21,10 @@ it must be the model's. `wanted` and `reason` stand where the type is a fallback
 once another type was written there. `base` is the float type of
 what is not quantized, `imatrix` whether the types assume importance data.
 
-Room for what comes: in a later version `type` of a stack of experts may be an object, from type
-to the experts that have it ({"Q6_K": [0, 5], "Q3_K": [1, 2, 3, 4]}). Every reader refuses
-versions and fields it does not know, so that no plan is half understood.
+A stack of experts may have `"experts": {"Q6_K": [0, 5], "Q3_K": [1]}`: experts, from 0, that have
+another type than `type`, which all others have. Every reader refuses versions and fields it does
+not know, so that no plan is half understood; the version is still 1, since a plan without this
+field is what it was.
 """
 
 import json
@@ -34,11 +35,12 @@ from typing import Any
 
 from moequant.errors import PlanError, listing
 from moequant.files import replacing
+from moequant.plan.experts import form_offenders
 
 VERSION = 1
 _HEADER = {"preset": str, "architecture": str, "base": str, "imatrix": bool}
 _REQUIRED = {"type", "shape"}
-_OPTIONAL = {"wanted", "reason"}
+_OPTIONAL = {"wanted", "reason", "experts"}
 
 
 def format_document(header: dict[str, Any], tensors: dict[str, dict[str, Any]]) -> str:
@@ -132,6 +134,8 @@ def _field_offenders(name: str, entry: dict[str, Any]) -> Iterator[str]:
             yield f"{name}: {key}: expected text, found {entry[key]!r}"
     if "shape" in entry and not _is_shape(entry["shape"]):
         yield f"{name}: shape: expected a list of positive integers, found {entry['shape']!r}"
+    if "experts" in entry:
+        yield from form_offenders(name, entry["experts"])
 
 
 def _is_shape(value: Any) -> bool:

@@ -15,7 +15,7 @@ class FallbackRow:
     """Tensors of one role that wanted one type and got another, for one reason.
 
     `size_bytes` is what they take, `wanted_bytes` what they would take in the wanted type if
-    their rows were whole blocks.
+    their rows were whole blocks. Experts with a type of their own are in none of the sums.
     """
 
     role: str
@@ -57,7 +57,7 @@ def _row(key: tuple[str, str, str, str], tensors: list[TensorPlan]) -> FallbackR
     return FallbackRow(
         *key,
         tensors=tuple(tensor.name for tensor in tensors),
-        n_params=sum(tensor.n_params for tensor in tensors),
-        size_bytes=sum(tensor.size_bytes for tensor in tensors),
+        n_params=sum(tensor.own_params for tensor in tensors),
+        size_bytes=sum(tensor.bytes_by_type[tensor.qtype] for tensor in tensors),
         wanted_bytes=sum(tensor.wanted_bytes for tensor in tensors),
     )

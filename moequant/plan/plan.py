@@ -5,6 +5,7 @@ Leaves out: how types are chosen (`rules`, `presets`), the file format (`documen
 of fallbacks (`fallbacks`).
 """
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -17,6 +18,14 @@ from typing import Any, Self
 from moequant.errors import PlanError, listing
 from moequant.plan import sizes
 from moequant.plan.document import format_document, parse_document, read_text, write_text
+from moequant.plan.experts import (
+    bank_offenders,
+    banked_bytes,
+    banks_of,
+    exceptions,
+    list_offenders,
+    listed_types,
+)
 from moequant.plan.model import Model
 from moequant.plan.presets import FLOAT_TYPES, PRESETS
 from moequant.plan.rules import fallback_type
@@ -29,6 +38,8 @@ class TensorPlan:
     """One tensor's type. `shape` is in torch order: (rows, in), (experts, rows, in), (n,).
 
     `wanted` is the type before its rows were looked at, `reason` why it is not the final one.
+    `experts`: the type of each expert where they differ, empty where all have `qtype`; `qtype` is
+    then the type of those that nobody gave another one.
     """
 
     name: str
@@ -36,6 +47,42 @@ class TensorPlan:
     qtype: str
     wanted: str
     reason: str = ""
+    experts: tuple[str, ...] = ()
+
+    def with_experts(self, experts: tuple[str, ...]) -> Self:
+        """The tensor with a type for each expert; one that they all share becomes its `qtype`."""
+        if len(set(experts)) > 1:
+            return dataclasses.replace(self, experts=experts)
+        qtype = experts[0]
+        wanted, reason = (self.wanted, self.reason) if qtype == self.qtype else (qtype, "")
+        return dataclasses.replace(self, qtype=qtype, wanted=wanted, reason=reason, experts=())
+
+    @property
+    def banks(self) -> dict[str, tuple[int, ...]]:
+        """Type → its experts, in the order of the banks; empty where all have one type."""
+        return banks_of(self.experts)
+
+    @property
+    def qtypes(self) -> tuple[str, ...]:
+        """Every type in the tensor, once: in the order of the banks if there are any."""
+        return tuple(self.banks) or (self.qtype,)
+
+    @property
+    def bytes_by_type(self) -> dict[str, int]:
+        """Bytes of the data in each type, without the map of banks."""
+        if not self.experts:
+            return {self.qtype: self.size_bytes}
+        return {
+            qtype: sizes.tensor_bytes(qtype, (len(ids), *self.shape[1:]))
+            for qtype, ids in self.banks.items()
+        }
+
+    @property
+    def own_params(self) -> int:
+        """Number of values whose type is `qtype`."""
+        if not self.experts:
+            return self.n_params
+        return self.experts.count(self.qtype) * math.prod(self.shape[1:])
 
     @property
     def n_params(self) -> int:
@@ -44,18 +91,20 @@ class TensorPlan:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the tensor's data, without the file's padding."""
+        """Bytes of the tensor's data, a map of banks included, without the file's padding."""
+        if self.experts:
+            return banked_bytes(self.experts, self.shape)
         return sizes.tensor_bytes(self.qtype, self.shape)
 
     @property
     def wanted_bytes(self) -> float:
-        """Bytes the data would take in the wanted type if its rows were whole blocks."""
-        return self.n_params * sizes.bpw(self.wanted) / 8
+        """Bytes that what is in `qtype` would take in the wanted type, were rows whole blocks."""
+        return self.own_params * sizes.bpw(self.wanted) / 8
 
     @property
     def is_fallback(self) -> bool:
-        """Whether the final type is not the wanted one."""
-        return self.qtype != self.wanted
+        """Whether the final type is not the wanted one, for any value."""
+        return self.qtype != self.wanted and self.own_params > 0
 
 
 @dataclass(frozen=True)
@@ -74,8 +123,13 @@ class Plan:
 
     @cached_property
     def types(self) -> dict[str, str]:
-        """Final type by tensor name."""
+        """Final type by tensor name; see `TensorPlan.experts` where experts have their own."""
         return {tensor.name: tensor.qtype for tensor in self.tensors}
+
+    @property
+    def banked(self) -> tuple[TensorPlan, ...]:
+        """Tensors whose experts differ in type, so that only a patched llama.cpp reads the file."""
+        return tuple(tensor for tensor in self.tensors if tensor.experts)
 
     @property
     def n_params(self) -> int:
@@ -99,7 +153,8 @@ class Plan:
 
     def edited(self, against: "Plan") -> tuple[str, ...]:
         """Names of the tensors whose type is another one in `against`, or that it does not have."""
-        return tuple(t.name for t in self.tensors if against.types.get(t.name) != t.qtype)
+        others = {t.name: (t.qtypes, t.banks) for t in against.tensors}
+        return tuple(t.name for t in self.tensors if others.get(t.name) != (t.qtypes, t.banks))
 
     def check(self, model: Model) -> None:
         """PlanError that lists every tensor that the model has not, or cannot have in its type."""
@@ -130,6 +185,9 @@ class Plan:
         knows the model's shapes; those of the text may have been edited.
         """
         header, entries = parse_document(text, source)
+        wrong = [offender for item in entries.items() for offender in _expert_offenders(*item)]
+        if wrong:
+            raise PlanError(f"{source}: {len(wrong)} wrong in the plan:{listing(wrong)}")
         plan = cls(
             _known(header["preset"], PRESETS),
             header["architecture"],
@@ -170,6 +228,8 @@ def _entry_of(tensor: TensorPlan) -> dict[str, Any]:
         entry["wanted"] = tensor.wanted
     if tensor.reason:
         entry["reason"] = tensor.reason
+    if tensor.experts:
+        entry["experts"] = exceptions(tensor.experts, tensor.qtype)
     return entry
 
 
@@ -180,7 +240,20 @@ def _tensor_of(name: str, entry: dict[str, Any]) -> TensorPlan:
     is_edited = wanted in sizes.QTYPES and qtype != fallback_type(wanted, shape[-1])
     if is_edited or qtype == wanted:
         wanted, reason = qtype, ""
-    return TensorPlan(name, shape, qtype, wanted, reason)
+    tensor = TensorPlan(name, shape, qtype, wanted, reason)
+    listed = {_known(own, sizes.QTYPES): ids for own, ids in entry.get("experts", {}).items()}
+    return tensor.with_experts(listed_types(listed, qtype, shape[0])) if listed else tensor
+
+
+def _expert_offenders(name: str, entry: dict[str, Any]) -> Iterator[str]:
+    """Experts of their own that cannot be read: on no stack, unknown, twice, or a type twice."""
+    listed = entry.get("experts", {})
+    if not listed:
+        return
+    yield from list_offenders(name, listed, entry["shape"])
+    names = [_known(qtype, sizes.QTYPES) for qtype in listed]
+    for qtype in sorted({qtype for qtype in names if names.count(qtype) > 1}):
+        yield f"{name}: experts: {qtype} is there twice"
 
 
 def _known(name: str, names: Collection[str]) -> str:
@@ -200,23 +273,30 @@ def _type_offenders(tensors: Iterable[TensorPlan]) -> Iterator[str]:
     for tensor in tensors:
         if tensor.is_fallback and tensor.wanted not in sizes.QTYPES:
             yield f"{tensor.name}: wanted: unknown type {tensor.wanted!r}"
-        if tensor.qtype not in sizes.QTYPES:
-            yield f"{tensor.name}: unknown type {tensor.qtype!r}"
+        for qtype in dict.fromkeys((tensor.qtype, *tensor.qtypes)):
+            if qtype not in sizes.QTYPES:
+                yield f"{tensor.name}: unknown type {qtype!r}"
 
 
 def _row_offenders(tensors: Iterable[TensorPlan]) -> Iterator[str]:
     """Types that do not exist, cannot hold the rows, or that llama.cpp cannot compute with."""
     for tensor in tensors:
-        cols = tensor.shape[-1]
-        if tensor.qtype not in sizes.QTYPES:
-            yield f"{tensor.name}: unknown type {tensor.qtype!r}"
-        elif _must_be_f32(tensor) and tensor.qtype != "F32":
-            yield f"{tensor.name}: {tensor.qtype}: vectors, norms and scales must be F32"
-        elif not sizes.fits(tensor.qtype, cols):
-            yield (
-                f"{tensor.name}: {tensor.qtype} holds blocks of {sizes.block_size(tensor.qtype)}, "
-                f"the rows have {cols} values; use {fallback_type(tensor.qtype, cols)}"
-            )
+        yield from bank_offenders(tensor.name, tensor.qtypes)
+        for qtype in tensor.qtypes:
+            yield from _misfit(tensor, qtype)
+
+
+def _misfit(tensor: TensorPlan, qtype: str) -> Iterator[str]:
+    cols = tensor.shape[-1]
+    if qtype not in sizes.QTYPES:
+        yield f"{tensor.name}: unknown type {qtype!r}"
+    elif _must_be_f32(tensor) and qtype != "F32":
+        yield f"{tensor.name}: {qtype}: vectors, norms and scales must be F32"
+    elif not sizes.fits(qtype, cols):
+        yield (
+            f"{tensor.name}: {qtype} holds blocks of {sizes.block_size(qtype)}, "
+            f"the rows have {cols} values; use {fallback_type(qtype, cols)}"
+        )
 
 
 def _must_be_f32(tensor: TensorPlan) -> bool:

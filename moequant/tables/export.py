@@ -11,7 +11,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from moequant.plan import Plan, Preset, fallback_bpw, fallback_rows
+from moequant.plan import Plan, Preset, fallback_bpw, fallback_rows, role_of
 from moequant.tables.common import count, grid, left_out, parameters_json, size, thin_notes
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def export_tables(result: "ExportResult", fidelity: "Fidelity | None") -> list[R
     if result.imatrix is not None:
         tables += thin_notes([str(expert) for expert in result.imatrix.thin_experts()])
     tables += _unweighted_notes(result.unweighted)
+    tables += _bank_notes(result.plan)
     tables += [Text(note, style="yellow") for note in result.notes]
     if result.model.left_out:
         tables.append(left_out(list(result.model.left_out)))
@@ -77,7 +78,7 @@ def plan_tables(plan: Plan) -> list[RenderableType]:
     table.add_row("types", f"{plan.preset}: {_type_shares(plan)}")
     table.add_row("size", size(plan.size_bytes))
     table.add_row("bits per weight", f"{plan.bpw:.2f}")
-    return [*_fallback_notes(plan), table]
+    return [*_fallback_notes(plan), *_bank_notes(plan), table]
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:
@@ -93,6 +94,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
             for row in fallback_rows(plan)
         ],
         "fallbacks_extra_bpw": fallback_bpw(plan),
+        "banks": {t.name: {qtype: list(ids) for qtype, ids in t.banks.items()}
+                  for t in plan.banked},
+        "needs_patched_llama_cpp": bool(plan.banked),
     }  # fmt: skip
 
 
@@ -153,6 +157,22 @@ def _fallback_notes(plan: Plan) -> list[RenderableType]:
     return [lines]
 
 
+def _bank_notes(plan: Plan) -> list[RenderableType]:
+    """That the file needs a patched llama.cpp, and how many experts have which types."""
+    if not plan.banked:
+        return []
+    lines = Text("This plan gives experts of one layer different types. Only a llama.cpp with "
+                 "moequant's patch (expert banks) runs the file; stock llama.cpp and Ollama refuse "
+                 "it.", style="yellow")  # fmt: skip
+    groups: dict[tuple[str, str], list[str]] = {}
+    for tensor in plan.banked:
+        shown = ", ".join(f"{qtype} × {len(ids)}" for qtype, ids in tensor.banks.items())
+        groups.setdefault((role_of(tensor.name), shown), []).append(tensor.name)
+    for (role, shown), names in groups.items():
+        lines.append(f"\n  {role} × {len(names)}{_layers(names)}: experts of {shown}")
+    return [lines]
+
+
 def _layers(names: Sequence[str]) -> str:
     """` (layers 0-2, 5)` of tensors `blk.N.…`; nothing for tensors outside the layers."""
     numbers = sorted(int(name.split(".")[1]) for name in names if name.startswith("blk."))
@@ -177,6 +197,7 @@ def _type_shares(plan: Plan) -> str:
     """`Q4_K 71%, Q6_K 20% …`: each type's part of the bytes."""
     nbytes: dict[str, int] = {}
     for tensor in plan.tensors:
-        nbytes[tensor.qtype] = nbytes.get(tensor.qtype, 0) + tensor.size_bytes
+        for qtype, own in tensor.bytes_by_type.items():
+            nbytes[qtype] = nbytes.get(qtype, 0) + own
     ordered = sorted(nbytes.items(), key=lambda item: -item[1])
     return ", ".join(f"{qtype} {100 * n / plan.size_bytes:.0f}%" for qtype, n in ordered)

@@ -195,7 +195,7 @@ def test_the_digest_sees_every_field() -> None:
         ),
         (_set(*DOWN, "type", to=7), r"ffn_down.weight: type: expected text, found 7"),
         (_set(*DOWN, "wanted", to="Q7_K"), r"wanted: unknown type 'Q7_K'"),
-        (_set(*DOWN, "experts", to=[1]), r"no such field: experts; remove it"),
+        (_set(*DOWN, "expert", to=[1]), r"no such field: expert; remove it"),
         (_set(*DOWN, "shape", to=[256, -96]), r"positive integers, found \[256, -96\]"),
         (_set(*DOWN, "shape", to=[]), r"positive integers, found \[\]"),
         (_set(*DOWN, "shape", to=[True, 32]), r"positive integers, found \[True, 32\]"),
