@@ -1,0 +1,59 @@
+"""`moequant validate`.
+
+Owns: its options. Leaves out: all work.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moequant.commands.shared import err, json_option, out, print_json, progress_bars
+
+
+@click.command(short_help="Check that llama.cpp's MoE kernels compute what a file says.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--library", type=click.Path(path_type=Path), metavar="DIR",
+              help="The folder of a llama.cpp's shared libraries. Default: the pinned build.",
+              )  # fmt: skip
+@click.option("--backend", "backends", multiple=True, metavar="NAME",
+              help="Only this device, backend or buffer type, e.g. CUDA, CPU or CPU_REPACK. "
+              "Repeat for more. Default: all that the library has.")  # fmt: skip
+@click.option("--rows", type=click.IntRange(min=0), metavar="N",
+              help="Rows of each expert, and columns of its width in a branch; 0 for all. Default: "
+              "what keeps it quick.")  # fmt: skip
+@click.option("--experts", type=click.IntRange(min=0), metavar="N",
+              help="Experts of each tensor; 0 for all. Default: all of a tensor, in a branch what "
+              "keeps it quick.")  # fmt: skip
+@click.option("--threads", type=click.IntRange(min=1, max=512), metavar="N", help="CPU threads.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True, max=86400), default=60.0,
+              show_default=True, metavar="SECONDS", help="Time for one case.")  # fmt: skip
+@click.option("--case", metavar="CASE",
+              help="Only this case, by the name that an earlier run gave it.")  # fmt: skip
+@json_option
+@click.pass_context
+def validate(
+    ctx: click.Context, /, file: Path, backends: tuple[str, ...], as_json: bool, **arguments: Any
+) -> None:
+    """Check that the MoE kernels of a llama.cpp compute what FILE says.
+
+    For each type and shape of FILE's expert tensors, real rows of them are multiplied by the
+    library's own kernels, alone (MUL_MAT_ID) and in the whole MoE branch, on every backend and
+    buffer type, for 1 to 512 tokens and several routings, and held against numpy. A case that
+    aborts or hangs is a finding. Exit code 1 if any case fails, or none could be checked.
+    """
+    from moequant.tables.validate import validation_json, validation_tables
+    from moequant.validate.run import validate as check
+
+    def report(line: str) -> None:
+        err.print(line, soft_wrap=True)
+
+    with progress_bars(quiet=as_json) as progress:
+        validation = check(file, backends=backends, progress=progress, report=report, **arguments)
+    if as_json:
+        print_json(validation_json(validation))
+    else:
+        for table in validation_tables(validation):
+            out.print(table, soft_wrap=not hasattr(table, "columns"))
+    if validation.findings or not validation.checked:
+        ctx.exit(1)
