@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint llama-cpp bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -24,7 +24,12 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# before pytest, whose tests have a time limit each: a first build takes minutes
+llama-cpp: $(VENV)/installed
+	$(BIN)/moequant runtime build --stock
+	$(BIN)/moequant runtime build --tool test-backend-ops
+
+test: lint llama-cpp
 	$(BIN)/pytest -n auto --dist loadfile $(PYTEST_OPTIONS)
 
 bench: $(VENV)/installed

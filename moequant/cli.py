@@ -23,7 +23,9 @@ from moequant.commands.inspect import inspect
 from moequant.commands.ollama import ollama
 from moequant.commands.report import report
 from moequant.commands.routing import routing
+from moequant.commands.runtime import runtime
 from moequant.commands.shared import err
+from moequant.commands.validate import validate
 from moequant.errors import MoequantError
 
 INTERRUPTED = 130  # what a shell reports for a program that SIGINT stopped
@@ -82,7 +84,9 @@ for command in (
     ollama,
     routing,
     bench,
+    validate,
     report,
+    runtime,
 ):
     main.add_command(command)
 

@@ -214,7 +214,7 @@ def test_json_has_null_for_what_is_no_number(capsys: pytest.CaptureFixture[str])
 
 def test_the_list_of_commands_has_whole_sentences() -> None:
     listed = run("--help").output.partition("Commands:")[2].strip().splitlines()
-    assert len(listed) == 10
+    assert len(listed) == 12
     assert all(line.endswith(".") and "..." not in line for line in listed), listed
 
 
