@@ -156,9 +156,7 @@ class StreamedModel:
 
         `layer` may be another model's. Returns (sequences, tokens, hidden) on the CPU.
         """
-        args, kwargs = self._call(bid, batch)
-        own = {n: copy.copy(v) if isinstance(v, MutableMapping) else v for n, v in kwargs.items()}
-        return self._run(layer, batch.hidden.clone(), args, own)
+        return self._run(layer, batch.hidden.clone(), *_forked(self._call(bid, batch), {}))
 
     def _call(self, bid: int, batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = batch.calls[bid]
@@ -346,6 +344,26 @@ def _return_free_memory() -> None:
     """Give pages that malloc holds free back to the system (glibc)."""
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)
+
+
+def fork(batch: Batch) -> Batch:
+    """A batch at the same place that goes its own way.
+
+    Tensors are shared, since no layer writes into them; what layers write into is not: the dict in
+    which Gemma 4 hands keys and values on, one object in the calls of many layers.
+    """
+    own: dict[int, Any] = {}
+    return Batch(batch.hidden, [call and _forked(call, own) for call in batch.calls])
+
+
+def _forked(value: Any, own: dict[int, Any]) -> Any:
+    if type(value) is dict:
+        return {name: _forked(item, own) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(_forked(item, own) for item in value)
+    if isinstance(value, MutableMapping):
+        return own.setdefault(id(value), copy.copy(value))
+    return value
 
 
 def _own(value: Any) -> Any:

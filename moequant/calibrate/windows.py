@@ -154,6 +154,11 @@ def check_ids(windows: Tensor, spec: ModelSpec) -> None:
         )
 
 
+def evenly_spaced(n: int, wanted: int) -> Tensor:
+    """`wanted` of the numbers below n, at least one, evenly from first to last; int64."""
+    return torch.linspace(0, n - 1, min(n, max(1, wanted))).round().long()
+
+
 def choose_windows(windows: Tensor, tokens: int, seed: int) -> Tensor:
     """At most `tokens` tokens in whole windows: a sample by `seed`, kept in reading order."""
     wanted = max(1, tokens // windows.shape[1])

@@ -14,10 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from moequant.calibrate.forward import Progress, StreamedModel
+from moequant.calibrate.windows import evenly_spaced
 from moequant.evaluate.divergence import Divergence, diverge
 from moequant.evaluate.models import MeasuredModel
 from moequant.evaluate.perplexity import first_scored
-from moequant.evaluate.probe import LayerProbe, TensorError, TensorProbe, check_finite_states, nmse
+from moequant.evaluate.probe import (
+    LayerProbe,
+    Sample,
+    TensorError,
+    TensorProbe,
+    check_finite_states,
+    nmse,
+)
 
 
 @dataclass(frozen=True)
@@ -79,35 +87,29 @@ def compare(
     first_scored(windows)  # raises for windows too short
     base = _Stream(reference, windows, options)
     streams = [_Stream(model, windows, options) for model in models]
-    sample = windows[spread(len(windows), options.sample_tokens // windows.shape[1])]
-    probes = [LayerProbe(base.model, stream.model, sample) for stream in streams]
+    ids = windows[evenly_spaced(len(windows), options.sample_tokens // windows.shape[1])]
+    sample = Sample(base.model, ids)
+    probes = [LayerProbe(sample, stream.model) for stream in streams]
     found = [Measurement(model) for model in models]
-    tensors = TensorProbe(probes[0], sample) if options.sample_tokens else None
+    tensors = TensorProbe(sample, streams[0].model) if options.sample_tokens else None
     embedded = nmse(streams[0].hidden, base.hidden)
     for bid in range(reference.spec.block_count):
         with base.model.layer(bid) as layer:
             chosen = base.advance(layer, bid)
+            sample.advance(layer, bid)
             for stream, probe, measured in zip(streams, probes, found, strict=True):
                 with stream.model.layer(bid) as other:
-                    own = probe.own_error(layer, other, bid)
+                    own = probe.own_error(other, bid)
                     if tensors is not None and probe is probes[0]:
                         tensors.measure(layer, other, bid)
                     overlap = _overlap(chosen, stream.advance(other, bid))
                 hidden = nmse(stream.hidden, base.hidden)
                 measured.layers.append(LayerError(bid, hidden, own, overlap))
-            for probe in probes:
-                probe.advance(layer, bid)
         progress("compare", bid + 1, reference.spec.block_count)
     if tensors is not None:
         found[0].tensors += tensors.errors(embedded)
     _score(base, streams, found, windows, progress)
     return found
-
-
-def spread(windows: int, wanted: int) -> list[int]:
-    """At least one of `windows` numbers and at most `wanted`, evenly from first to last."""
-    n = min(windows, max(1, wanted))
-    return torch.linspace(0, windows - 1, n).round().long().tolist()
 
 
 class _Stream:

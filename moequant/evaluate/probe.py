@@ -61,26 +61,46 @@ def check_finite_states(what: str, states: Iterable[Tensor]) -> None:
         )
 
 
-class LayerProbe:
-    """The reference's sample on its way, and the same tokens embedded by another model."""
+class Sample:
+    """Some windows on their way through the reference: `before` a layer, and `after` it.
 
-    def __init__(self, base: StreamedModel, other: StreamedModel, sample: Tensor) -> None:
-        """`sample`: token ids (windows, length)."""
-        self.base, self.other = base, other
-        self.ours, self.theirs = embedded(base, sample), embedded(other, sample)
+    The reference's own layer runs once; every error of that layer is measured against `after`.
+    """
+
+    def __init__(self, model: StreamedModel, ids: Tensor) -> None:
+        """`ids`: token ids (windows, length)."""
+        self.model, self.ids = model, ids
+        self._batch = self.before = embedded(model, ids)
+
+    @property
+    def after(self) -> Tensor:
+        """(windows, length, hidden), after the last layer that was run."""
+        return self._batch.hidden
 
     def advance(self, layer: nn.Module, bid: int) -> None:
         """Run the sample through the reference's own layer."""
-        self.base.run_layer(layer, bid, self.ours)
+        self.before = Batch(self._batch.hidden, list(self._batch.calls))
+        self.model.run_layer(layer, bid, self._batch)
 
-    def expected(self, layer: nn.Module, bid: int) -> Tensor:
-        """What the reference's layer makes of the sample."""
-        return self.base.peek(layer, bid, self.ours)
+    def error(self, layer: nn.Module, bid: int, inputs: Batch | None = None) -> float:
+        """Of what `layer` makes of the sample before layer `bid`, with `inputs` in place of ours.
 
-    def own_error(self, layer: nn.Module, other: nn.Module, bid: int) -> float:
-        """The error of the other model's layer."""
-        borrowed = with_inputs_of(self.ours, self.theirs, bid)
-        return nmse([self.base.peek(other, bid, borrowed)], [self.expected(layer, bid)])
+        `inputs` gives what a layer is given beside the hidden states (`with_inputs_of`).
+        """
+        batch = self.before if inputs is None else with_inputs_of(self.before, inputs, bid)
+        return nmse([self.model.peek(layer, bid, batch)], [self.after])
+
+
+class LayerProbe:
+    """The errors of another model's layers; it embeds the sample's tokens itself."""
+
+    def __init__(self, sample: Sample, other: StreamedModel) -> None:
+        """Embeds the sample; `other` runs no layer."""
+        self._sample, self._inputs = sample, embedded(other, sample.ids)
+
+    def own_error(self, other: nn.Module, bid: int) -> float:
+        """The error of the other model's layer, after the sample went through the reference's."""
+        return self._sample.error(other, bid, self._inputs)
 
 
 def embedded(model: StreamedModel, sample: Tensor) -> Batch:
@@ -103,17 +123,19 @@ def with_inputs_of(ours: Batch, theirs: Batch, bid: int) -> Batch:
 
 
 class TensorProbe:
-    """The errors of single tensors of the model in `probe`, collected layer by layer."""
+    """The errors of single tensors of `other`, collected layer by layer."""
 
-    def __init__(self, probe: LayerProbe, sample: Tensor) -> None:
-        self._probe = probe
+    def __init__(self, sample: Sample, other: StreamedModel) -> None:
+        self._sample, self._other = sample, other
         self._found: list[TensorError] = []
-        base, other = probe.base, probe.other
+        base = sample.model
         theirs = {tensor.name: tensor for tensor in other.spec.tensors}
         wanted = [tensor for tensor in base.spec.tensors if len(tensor.shape) > 1]
         self._theirs = theirs if all(tensor.name in theirs for tensor in wanted) else {}
         self._outside = {
-            tensor.name: embedded(_with_tensor(base, other, tensor, theirs[tensor.name]), sample)
+            tensor.name: embedded(
+                _with_tensor(base, other, tensor, theirs[tensor.name]), sample.ids
+            )
             for tensor in wanted
             if self._theirs and tensor.bid is None and tensor.name not in (EMBEDDINGS, OUTPUT)
         }
@@ -123,22 +145,18 @@ class TensorProbe:
         """Take the errors of layer `bid`, if both models are made of the same tensors."""
         if not self._theirs:
             return
-        probe = self._probe
-        expected = probe.expected(layer, bid)
-        swap = _Swap(probe, layer, other, bid, self._theirs)
-        self._found += swap.errors(expected)
+        self._found += _Swap(self._sample, self._other, layer, other, bid, self._theirs).errors()
         for name, batch in self._outside.items():
-            made = probe.base.peek(layer, bid, with_inputs_of(probe.ours, batch, bid))
-            self._sums[name] += nmse([made], [expected])
+            self._sums[name] += self._sample.error(layer, bid, batch)
 
     def errors(self, embeddings: float) -> list[TensorError]:
         """All of them, after the last layer; `embeddings` is the error of the embedding table."""
         if not self._theirs:
             return []
-        layers = self._probe.base.spec.block_count
+        layers = self._other.spec.block_count
         outside = [TensorError(name, None, total / layers) for name, total in self._sums.items()]
         first = TensorError(EMBEDDINGS, None, embeddings)
-        last = _output_error(self._probe.base, self._probe.other, self._probe.ours)
+        last = _output_error(self._sample.model, self._other, self._sample.after)
         return [first, *outside, *self._found, last]
 
 
@@ -177,30 +195,31 @@ class _Swap:
 
     def __init__(
         self,
-        probe: LayerProbe,
+        sample: Sample,
+        model: StreamedModel,
         layer: nn.Module,
         other: nn.Module,
         bid: int,
         theirs: Mapping[str, TensorSpec],
     ) -> None:
-        self.probe, self.bid = probe, bid
+        self.sample, self.model, self.bid = sample, model, bid
         self.layer, self.other = layer, other
         self.theirs = theirs
-        tensors = probe.base.spec.tensors
+        tensors = sample.model.spec.tensors
         self.matrices = [t for t in tensors if t.bid == bid and len(t.shape) > 1]
 
-    def errors(self, expected: Tensor) -> Iterator[TensorError]:
+    def errors(self) -> Iterator[TensorError]:
         """The error of each matrix that the layer uses."""
         for tensor in self.matrices:
             with self._swapped(tensor) as used:
                 if used:
-                    made = self.probe.expected(self.layer, self.bid)
-                    yield TensorError(tensor.name, self.bid, nmse([made], [expected]))
+                    error = self.sample.error(self.layer, self.bid)
+                    yield TensorError(tensor.name, self.bid, error)
 
     @contextmanager
     def _swapped(self, tensor: TensorSpec) -> Iterator[bool]:
         """Whether the layer uses `tensor`; if so, it has the model's for as long as this lasts."""
-        model = self.probe.base
+        model = self.sample.model
         parameter = model.names.parameter(tensor.sources[0])
         if parameter is None:
             yield False
@@ -215,7 +234,7 @@ class _Swap:
 
     def _mixed(self, tensor: TensorSpec, parameter: str) -> Tensor:
         """The parameter with what `tensor` contributes taken from the model."""
-        base, other = self.probe.base, self.probe.other
+        base, other = self.sample.model, self.model
         if set(base.names.parts(parameter)) <= set(tensor.sources):
             theirs = other.names.parameter(self.theirs[tensor.name].sources[0])
             assert theirs is not None
@@ -233,9 +252,9 @@ class _Swap:
 
 
 @torch.inference_mode()
-def _output_error(base: StreamedModel, other: StreamedModel, sample: Batch) -> TensorError:
+def _output_error(base: StreamedModel, other: StreamedModel, hidden: Tensor) -> TensorError:
     """The error that the output matrix alone puts into the logits."""
-    normed = base.final_norm(sample.hidden.flatten(0, 1)).cpu()
+    normed = base.final_norm(hidden.flatten(0, 1)).cpu()
     sums = torch.zeros(4, len(normed), dtype=torch.float64)  # Σa, Σa², Σe, Σe² with e = b - a
     for (first, _, a32), (_, _, b32) in zip(base.logits(normed), other.logits(normed), strict=True):
         a, e = a32.double(), b32.double() - a32.double()

@@ -12,12 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moequant.architectures import ModelSpec
 from moequant.calibrate.text import Document, packaged_documents, read_corpus
-from moequant.calibrate.windows import check_ids, cut_windows, leading_token, token_stream
+from moequant.calibrate.windows import (
+    check_ids,
+    cut_windows,
+    evenly_spaced,
+    leading_token,
+    token_stream,
+)
 from moequant.errors import CalibrationError, UsageError
 from moequant.evaluate.models import MeasuredModel
 
@@ -72,9 +77,7 @@ def text_windows(model: MeasuredModel, options: TextOptions, *, from_start: bool
         raise UsageError(f"--chat: {model.name} has no chat template; leave --chat out.")
     windows = _cut(tokenizer, documents_of(options), model.spec, options)
     wanted = max(1, options.tokens // options.length)
-    if from_start or wanted >= len(windows):
-        return windows[:wanted]
-    return windows[torch.linspace(0, len(windows) - 1, wanted).round().long()]
+    return windows[:wanted] if from_start else windows[evenly_spaced(len(windows), wanted)]
 
 
 def _cut(

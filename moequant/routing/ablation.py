@@ -13,18 +13,16 @@ Errors are over windows, whose tokens are alike, and within texts: texts are cho
 what they differ by is no error (stratified sampling; Cochran, "Sampling Techniques", 1977, ch. 5).
 """
 
-import copy
 import math
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from operator import attrgetter
-from typing import Any
 
 from torch import Tensor, nn
 
-from moequant.calibrate.forward import Batch, StreamedModel
+from moequant.calibrate.forward import Batch, StreamedModel, fork
 from moequant.calibrate.near_miss import RouterOutput
 from moequant.calibrate.run import check_output
 from moequant.evaluate.perplexity import score
@@ -146,23 +144,3 @@ def choosing(layer: nn.Module, row: RouterOutput, top: int) -> Iterator[None]:
 @contextmanager
 def _as_it_is() -> Iterator[None]:
     yield
-
-
-def fork(batch: Batch) -> Batch:
-    """A batch at the same place that goes its own way.
-
-    Tensors are shared, since no layer writes into them; what layers write into is not: the dict in
-    which Gemma 4 hands keys and values on, one object in the calls of many layers.
-    """
-    own: dict[int, Any] = {}
-    return Batch(batch.hidden, [call and _forked(call, own) for call in batch.calls])
-
-
-def _forked(value: Any, own: dict[int, Any]) -> Any:
-    if type(value) is dict:
-        return {name: _forked(item, own) for name, item in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(_forked(item, own) for item in value)
-    if isinstance(value, MutableMapping):
-        return own.setdefault(id(value), copy.copy(value))
-    return value
