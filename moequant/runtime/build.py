@@ -9,6 +9,7 @@ everything that was asked for is there, so that a build that was killed never co
 next call goes on from what Ninja finds.
 """
 
+import ctypes
 import json
 import os
 import re
@@ -38,6 +39,17 @@ CMAKE_OPTIONS = (
     "-DLLAMA_OPENSSL=OFF",
 )
 CUDA_OPTION = "-DGGML_CUDA=ON"
+# llama.cpp compiles for the GPUs that are there, and cmake fails where there is none; with this it
+# compiles for its own list of architectures (and, for the CPU, for AVX2 and not for this machine)
+NO_GPU_OPTION = "-DGGML_NATIVE=OFF"
+CUDA_ROOT = "/usr/local/cuda"  # where NVIDIA's installers put it
+# what cmake says where a part of the toolkit is not installed: what to do
+_CUDA_PARTS = {
+    "CUDA::cublas": "cuBLAS's development files are not installed beside nvcc; they come with "
+    "NVIDIA's toolkit (Debian, Ubuntu: libcublas-dev-VERSION).",
+    "CUDA::cuda_driver": "libcuda.so is not installed, nor its stub, which comes with NVIDIA's "
+    "toolkit (Debian, Ubuntu: cuda-driver-dev-VERSION).",
+}
 # of free disk: a CPU build was 0.05 GB with four tools (a server needs more); CUDA, not measured
 # here, compiles every kernel for several architectures
 CPU_BYTES = 500_000_000
@@ -129,7 +141,8 @@ def check_programs(build: Build) -> Build:
     cmake_and_ninja()
     _check_compilers()
     if build.cuda:
-        build = replace(build, options=(*build.options, *_cuda_compiler()))
+        build = replace(build, options=(*build.options, f"-DCMAKE_CUDA_COMPILER={find_nvcc()}",
+                                        *([] if gpu_is_there() else [NO_GPU_OPTION])))  # fmt: skip
     check_space(build.folder.parent, CUDA_BYTES if build.cuda else CPU_BYTES, "building llama.cpp")
     return build
 
@@ -147,17 +160,16 @@ def run_build(
     build = check_programs(build)
     cmake, ninja = cmake_and_ninja()
     report(f"building {', '.join(tools)} (some minutes, once; log: {build.log})")
+    if NO_GPU_OPTION in build.options:
+        report("no NVIDIA GPU here: compiling for all architectures that llama.cpp compiles for by "
+               "default, and for any CPU with AVX2")  # fmt: skip
     _write_record(build.record, Record("building", given))
     configure = [cmake, "-S", str(build.source), "-B", str(build.folder), "-G", "Ninja",
                  f"-DCMAKE_MAKE_PROGRAM={ninja}", *build.options]  # fmt: skip
     jobs = [] if build.jobs is None else ["-j", str(build.jobs)]
     with build.log.open("w", encoding="utf-8") as log:
         for command in (configure, [ninja, "-C", str(build.folder), *jobs, *tools]):
-            code = _run(command, log, progress)
-            if code != 0:
-                raise LlamaCppError(f"`{' '.join(command[:3])} …` failed with {code}:\n"
-                                    f"{_tail(build.log)}\nThe whole log is {build.log}."
-                                    )  # fmt: skip
+            check_run(command, log, progress)
     missing = [tool for tool in tools if not (build.binaries / program(tool)).is_file()]
     if missing:
         raise LlamaCppError(f"{build.source} was built, but {build.binaries} has no "
@@ -197,22 +209,52 @@ def _check_compilers() -> None:
             )
 
 
-def _cuda_compiler() -> list[str]:
-    """The option that names nvcc, where cmake would not find it by itself."""
-    if os.environ.get("CUDACXX") or shutil.which("nvcc"):
-        return []
-    roots = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda")
-    for root in filter(None, roots):
-        nvcc = shutil.which("nvcc", path=str(Path(root) / "bin"))
-        if nvcc is not None:
-            return [f"-DCMAKE_CUDA_COMPILER={nvcc}"]
-    raise LlamaCppError(
-        "--cuda needs nvcc, and it is neither on PATH nor in CUDA_HOME, CUDA_PATH or "
-        "/usr/local/cuda: install NVIDIA's CUDA toolkit, or set CUDACXX to its nvcc."
-    )
+def find_nvcc() -> str:
+    """Path of nvcc: CUDACXX, or the one on PATH, in CUDA_HOME or CUDA_PATH, or the usual place.
+
+    Raises:
+        LlamaCppError: there is none.
+    """
+    chosen = os.environ.get("CUDACXX")
+    nvcc = shutil.which(chosen or "nvcc")
+    roots = (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), CUDA_ROOT)
+    for root in filter(None, () if chosen else roots):
+        nvcc = nvcc or shutil.which("nvcc", path=str(Path(root) / "bin"))
+    if nvcc is None:
+        where = (f"CUDACXX is {chosen}, which is no program" if chosen else
+                 f"it is neither on PATH nor in CUDA_HOME, CUDA_PATH or {CUDA_ROOT}")  # fmt: skip
+        raise LlamaCppError(f"compiling for CUDA needs nvcc, and {where}: install NVIDIA's CUDA "
+                            "toolkit, or set CUDACXX to its nvcc.")  # fmt: skip
+    return nvcc
 
 
-def _run(command: Sequence[str], log: IO[str], progress: Progress) -> int:
+def gpu_is_there() -> bool:
+    """Whether NVIDIA's driver is on this machine and knows of a GPU."""
+    count = ctypes.c_int(0)
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        with suppress(OSError, AttributeError):
+            driver = ctypes.CDLL(name)
+            if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0:
+                break
+    return count.value > 0
+
+
+def check_run(command: Sequence[str], log: IO[str], progress: Progress = silent) -> None:
+    """Run the command; its output goes to the file `log`, Ninja's steps to `progress`.
+
+    Raises:
+        LlamaCppError: it failed: the last lines of the log, where the rest is, and what to do
+            about it where that is known.
+    """
+    code = run_logged(command, log, progress)
+    if code != 0:
+        last = tail(Path(log.name))
+        known = [f"\n{remedy}" for part, remedy in _CUDA_PARTS.items() if part in last]
+        raise LlamaCppError(f"`{' '.join(command[:3])} …` failed with {code}:\n{last}\nThe whole "
+                            f"log is {log.name}.{''.join(known)}")  # fmt: skip
+
+
+def run_logged(command: Sequence[str], log: IO[str], progress: Progress = silent) -> int:
     """The command's exit code; its output goes to `log`, Ninja's steps to `progress`.
 
     Whatever ends this early, Ctrl-C among it, ends the command and what it started.
@@ -250,7 +292,8 @@ def _stop(process: "subprocess.Popen[str]") -> None:
             return
 
 
-def _tail(log: Path) -> str:
+def tail(log: Path) -> str:
+    """The last lines of a log, as an error shows them."""
     with log.open(encoding="utf-8", errors="replace") as file:
         return "".join(deque(file, LOG_TAIL)).rstrip()
 

@@ -104,7 +104,7 @@ def ensure_built(
     """
     tree = _tree(patched, source)
     build = Build(tree.source, tree.folder / ("build-cuda" if cuda else "build-cpu"),
-                  _options(tree, cuda), jobs)  # fmt: skip
+                  cmake_options(tree, cuda), jobs)  # fmt: skip
     built = LlamaCpp(tree.source, build.binaries)
     if tree.source.is_dir() and is_built(build, tools):
         return built
@@ -127,7 +127,7 @@ def _tree(patched: bool, source: Path | None) -> SourceTree:
     return pinned_tree(series) if source is None else own_tree(source, series)
 
 
-def _options(tree: SourceTree, cuda: bool) -> tuple[str, ...]:
+def cmake_options(tree: SourceTree, cuda: bool) -> tuple[str, ...]:
     """cmake's options; those of the stock pinned build on CPUs are as they ever were."""
     backends = (CUDA_OPTION,) if cuda else ()
     if tree.own is None and not tree.series:

@@ -1,6 +1,7 @@
 """Building: once, resumed, by one process at a time; one clear error for each thing missing."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -86,7 +87,7 @@ def test_stock_and_patched_beside_each_other_and_the_second_call_runs_nothing(
     assert "-DLLAMA_BUILD_COMMIT=unknown-moequant-" in str(
         read_record(patched.binaries.parent.with_suffix(".json"))
     )
-    monkeypatch.setattr(building, "_run", no_command)
+    monkeypatch.setattr(building, "run_logged", no_command)
     monkeypatch.setattr(fetch, "_make", no_command)
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)  # not even tools are needed
     assert ensure_built(source=tree) == stock
@@ -292,7 +293,9 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Programs:
     return Programs(tmp_path / "bin", monkeypatch)
 
 
-def test_each_missing_program_is_named(tmp_path: Path, programs: Programs) -> None:
+def test_each_missing_program_is_named(
+    tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build = Build(tmp_path, tmp_path / "build-cuda", (building.CUDA_OPTION,))
     message = "cmake and ninja, and neither PATH nor .*/bin has them.* pip install cmake ninja"
     with pytest.raises(LlamaCppError, match=message):
@@ -307,9 +310,10 @@ def test_each_missing_program_is_named(tmp_path: Path, programs: Programs) -> No
     with pytest.raises(LlamaCppError, match=r"needs a C\+\+ compiler, .*g\+\+.*or set CXX to"):
         run_build(build, ["x"])
     programs.add("g++")
-    if not Path("/usr/local/cuda/bin/nvcc").exists():
-        with pytest.raises(LlamaCppError, match="--cuda needs nvcc, .*set CUDACXX to its nvcc"):
-            run_build(build, ["x"])
+    monkeypatch.setattr(building, "CUDA_ROOT", str(tmp_path))
+    message = f"for CUDA needs nvcc, .* CUDA_PATH or {tmp_path}: .*set CUDACXX to its nvcc"
+    with pytest.raises(LlamaCppError, match=message):
+        run_build(build, ["x"])
     assert not build.record.exists() and not build.log.exists()
 
 
@@ -323,11 +327,34 @@ def test_the_cuda_compiler_is_found_and_asked_for(
     build = Build(tmp_path, tmp_path / "build-cuda", (building.CUDA_OPTION,), jobs=3)
     (build.binaries).mkdir(parents=True)
     (build.binaries / "x").touch()
-    run_build(build, ["x"])
-    configured, made = programs.calls()
-    assert f"-DGGML_CUDA=ON -DCMAKE_CUDA_COMPILER={tmp_path}/cuda/bin/nvcc" in configured
+    lines: list[str] = []
+    for gpu in (True, False):
+        monkeypatch.setattr(building, "gpu_is_there", lambda gpu=gpu: gpu)
+        run_build(build, ["x"], lines.append)
+    configured, made, without_gpu, _ = programs.calls()
+    options = f"-DGGML_CUDA=ON -DCMAKE_CUDA_COMPILER={tmp_path}/cuda/bin/nvcc"
+    assert configured.endswith(options)
+    assert without_gpu.endswith(f"{options} -DGGML_NATIVE=OFF"), "cmake would ask a GPU what it is"
+    assert ["no NVIDIA GPU here" in line for line in lines] == [False, False, True]
     assert made == f"{programs.folder}/ninja -C {build.folder} -j 3 x"
     assert is_built(build, ["x"]), "the place of nvcc is no part of what was asked for"
+
+
+def test_a_gpu_is_one_that_the_driver_knows(tmp_path: Path) -> None:
+    """With a library in place of the driver's, in a process of its own."""
+    code = "from moequant.runtime.build import gpu_is_there; print(gpu_is_there())"
+    said = []
+    for broken, count in ((0, 1), (0, 0), (100, 1)):
+        source = tmp_path / "driver.c"
+        source.write_text(f"int cuInit(unsigned f) {{ return {broken}; }}\n"
+                          f"int cuDeviceGetCount(int * n) {{ *n = {count}; return 0; }}\n"
+                          )  # fmt: skip
+        library = tmp_path / "libcuda.so.1"
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+        said.append(subprocess.run([sys.executable, "-c", code], env=environment, check=True,
+                                   capture_output=True, text=True).stdout.strip())  # fmt: skip
+    assert said == ["True", "False", "False"]
 
 
 def test_build_tools_beside_this_python_are_used(tmp_path: Path, programs: Programs) -> None:
@@ -348,12 +375,12 @@ def test_the_pinned_stock_build_stays_what_it_was() -> None:
     """Other versions of moequant share it: its folder and options are no one's to change."""
     tree = fetch.pinned_tree()
     assert tree.source.parts[-3:] == ("llama.cpp", llama_cpp.read_pin().commit, "source")
-    assert llama_cpp._options(tree, cuda=False) == building.CMAKE_OPTIONS
-    assert llama_cpp._options(tree, cuda=True) == (*building.CMAKE_OPTIONS, "-DGGML_CUDA=ON")
+    assert llama_cpp.cmake_options(tree, cuda=False) == building.CMAKE_OPTIONS
+    assert llama_cpp.cmake_options(tree, cuda=True) == (*building.CMAKE_OPTIONS, "-DGGML_CUDA=ON")
 
 
 def test_more_can_be_built_of_a_patched_one(series: Path) -> None:
-    options = llama_cpp._options(fetch.pinned_tree(patches.read_series()), cuda=True)
+    options = llama_cpp.cmake_options(fetch.pinned_tree(patches.read_series()), cuda=True)
     names = [option.partition("=")[0] for option in options]
     assert len(set(names)) == len(names), "an option is given twice"
     assert {"-DLLAMA_BUILD_TESTS=ON", "-DLLAMA_BUILD_SERVER=ON"} < set(options)
