@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out
 
-.PHONY: demo test lint llama-cpp bench clean
+.PHONY: demo test lint llama-cpp cuda-check bench clean
 .DELETE_ON_ERROR:
 
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -31,6 +31,10 @@ llama-cpp: $(VENV)/installed
 
 test: lint llama-cpp
 	$(BIN)/pytest -n auto --dist loadfile $(PYTEST_OPTIONS)
+
+# needs nvcc and no GPU; some minutes, once
+cuda-check: $(VENV)/installed
+	$(BIN)/moequant runtime cuda-check
 
 bench: $(VENV)/installed
 	$(BIN)/python benchmarks/encoders.py

