@@ -10,6 +10,7 @@ ggml-base is preloaded: it has the same soname, so everything else takes it for 
 
 import hashlib
 import json
+import re
 import shlex
 import socket
 import subprocess
@@ -148,11 +149,12 @@ def _cached(name: str, source: str, *commands: list[str]) -> Path:
 class MatMul:
     """A MUL_MAT_ID that ran on the device.
 
-    `weight` is the tensor's name without what the scheduler put around it. `copy`: the weight lives
-    elsewhere, and the experts `copied` came over for this op alone. `used`: the experts that the ids
-    name. `skipped`: how many ids are negative.
+    `device` ran it. `weight` is the tensor's name without what the scheduler put around it. `copy`:
+    the weight lives elsewhere, and the experts `copied` came over for this op alone. `used`: the
+    experts that the ids name. `skipped`: how many ids are negative.
     """
 
+    device: str
     weight: str
     copy: bool
     tokens: int
@@ -169,5 +171,5 @@ def read_log(path: Path) -> list[MatMul]:
 
 
 def _mat_mul(weight: str, used: list[int], copied: list[int], **rest: Any) -> MatMul:
-    return MatMul(weight.removeprefix("Fake0#").removesuffix("#0"), used=tuple(used),
-                  copied=tuple(copied), **rest)  # fmt: skip
+    name = re.sub(r"^Fake\d#(.*)#\d$", r"\1", weight)
+    return MatMul(weight=name, used=tuple(used), copied=tuple(copied), **rest)

@@ -33,6 +33,7 @@ from tests.llama_cpp_patch.fake_device import (
 from tests.llama_cpp_patch.tiny_gpt_oss import write_gpt_oss, write_lora
 
 TOOLS = ("llama-perplexity", "llama-imatrix", "test-backend-ops")
+PARALLEL = ("-fa", "on", "-sm", "tensor", "-ngl", "99")
 DECODE = ("-b", "1", "-ub", "1", "--chunks", "1")
 ON_DEVICE = ("--device", "Fake0", "-ngl", "99")
 # in every prompt the same few experts: with eight banks, some have no expert that is used
@@ -213,14 +214,57 @@ def test_without_the_gate_such_a_device_would_get_it(
         logits("gemma4-banked", *ON_DEVICE)
 
 
-def test_tensor_parallelism_leaves_banks_on_the_cpu(logits: Logits, device_log: Path) -> None:
-    """The device over devices knows no flags of its own, whatever those below it know."""
-    parallel = ("-fa", "on", *ON_DEVICE, "-sm", "tensor")
-    expected = logits("gemma4", *parallel)
-    assert prompts(device_log)
+@pytest.mark.parametrize("devices", ["Fake0", "Fake0,Fake1"])
+@pytest.mark.parametrize("name", ["qwen3-moe", "gpt-oss"])
+def test_tensor_parallelism_leaves_banks_on_the_cpu(
+    logits: Logits, device_log: Path, monkeypatch: pytest.MonkeyPatch, name: str, devices: str
+) -> None:
+    """The device over devices knows no flag, whatever those below it know.
+
+    With it, experts' biases are split over the devices; those of banks go to the CPU.
+    """
+    monkeypatch.setenv("FAKE_DEVICE_COUNT", "2")
+    parallel = ("--device", devices, *PARALLEL)
+    logits(name, *parallel)
+    assert prompts(device_log), "the devices compute a file without banks"
     device_log.unlink()
-    assert logits("gemma4-banked", *parallel) == expected
+    expected = logits(name, *parallel, "--cpu-moe")
+    assert logits(f"{name}-banked", *parallel) == expected
     assert not read_log(device_log)
+
+
+# options, and who computes: the first device takes all that is offloaded from the CPU
+TWO_PLACES: dict[str, tuple[tuple[str, ...], set[str]]] = {
+    "layer by layer": ((), {"Fake0", "Fake1"}),
+    "bank by bank": (("-ot", "bank0=Fake0,bank1=Fake1,bank2=CPU"), {"Fake0", "Fake1"}),
+    "offloaded": (("--cpu-moe",), {"Fake0"}),
+}
+
+
+@pytest.mark.parametrize("place", TWO_PLACES)
+def test_banks_on_two_devices(
+    files: Path, logits: Logits, device_log: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.setenv("FAKE_DEVICE_COUNT", "2")
+    expected = logits("gemma4")
+    both = ("--device", "Fake0,Fake1", "-ngl", "99")
+    options, computing = TWO_PLACES[place]
+    assert logits("gemma4-banked", *both, *options) == expected
+    log = prompts(device_log)
+    assert {matmul.weight for matmul in log} == banks(files / "gemma4-banked.gguf")
+    assert {matmul.device for matmul in log} == computing
+
+
+def test_fitting_into_little_memory_counts_banks(
+    files: Path, logits: Logits, device_log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """llama.cpp's own choice of what goes to the device, by sizes that it sees without loading."""
+    monkeypatch.setenv("FAKE_DEVICE_MEMORY", "28000000")
+    expected = logits("gemma4")
+    fitted = ("--device", "Fake0", "-fit", "on", "-fitt", "8", "--no-op-offload")
+    assert logits("gemma4-banked", *fitted) == expected
+    there = {matmul.weight for matmul in prompts(device_log)}
+    assert 0 < len(there) < len(banks(files / "gemma4-banked.gguf"))
 
 
 def test_rpc_gets_no_flagged_op(

@@ -1,4 +1,4 @@
-// A ggml backend for tests: one "GPU" with memory of its own, computing with the CPU's plain kernels.
+// A ggml backend for tests: "GPUs" with memory of their own, computing with the CPU's plain kernels.
 //
 // Owns: memory that only this backend can reach, the ops that it takes, and a log of what it did.
 // Leaves out: speed (one op at a time, no threads to speak of), asynchronous work, host buffers.
@@ -12,6 +12,8 @@
 //   FAKE_DEVICE_KNOWS_SKIP=0  a backend that never heard of ggml_mul_mat_id_set_skip(): it takes the
 //                             op as any other and runs it without the flag, so a negative id aborts
 //   FAKE_DEVICE_LOG=FILE      appends one JSON line for each MUL_MAT_ID
+//   FAKE_DEVICE_MEMORY=N      bytes that the device says it has; nobody holds it to that
+//   FAKE_DEVICE_COUNT=N       Fake0 and, if N is 2, Fake1; otherwise there is one
 
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
@@ -27,16 +29,24 @@
 #include <string>
 #include <vector>
 
-static const char * const NAME = "Fake0";
+static const size_t MOST_DEVICES = 2;
 
 static bool knows_skip() {
     const char * value = getenv("FAKE_DEVICE_KNOWS_SKIP");
     return !value || strcmp(value, "0") != 0;
 }
 
-static ggml_backend_dev_t     fake_device();
-static ggml_backend_reg_t     fake_reg();
-static ggml_backend_buffer_type_t fake_buft();
+static size_t device_count() {
+    const char * value = getenv("FAKE_DEVICE_COUNT");
+    return value && strcmp(value, "2") == 0 ? MOST_DEVICES : 1;
+}
+
+static ggml_backend_dev_t         fake_device(size_t index);
+static ggml_backend_buffer_type_t fake_buft(ggml_backend_dev_t dev);
+
+static const char * device_name(ggml_backend_dev_t dev) {
+    return (const char *) dev->context;
+}
 
 // memory
 
@@ -51,12 +61,7 @@ static ggml_backend_buffer_t buffer_of(const ggml_tensor * t) {
 
 // where the bytes of a tensor in device memory are
 static char * bytes(const ggml_tensor * t) {
-    ggml_backend_buffer_t buffer = buffer_of(t);
-    if (!buffer || buffer->buft != fake_buft()) {
-        GGML_ABORT("%s: '%s' is not in this device's memory but in %s", NAME, t->name,
-            buffer ? ggml_backend_buffer_name(buffer) : "none");
-    }
-    return (char *) t->data + ((memory *) buffer->context)->stride;
+    return (char *) t->data + ((memory *) buffer_of(t)->context)->stride;
 }
 
 // experts' bytes that came into a copy of weights since it was last used: address -> offset, size
@@ -64,7 +69,7 @@ static std::map<const void *, std::vector<std::pair<size_t, size_t>>> written;
 
 // the scheduler names the copies of a split's inputs "backend#tensor#copy"
 static bool is_copy(const ggml_tensor * t) {
-    return strncmp(t->name, "Fake0#", 6) == 0;
+    return strncmp(t->name, "Fake", 4) == 0 && strchr(t->name, '#') == t->name + 5;
 }
 
 static void buffer_free(ggml_backend_buffer_t buffer) {
@@ -99,7 +104,7 @@ static void buffer_clear(ggml_backend_buffer_t buffer, uint8_t value) {
     memset(mem->base + mem->stride, value, buffer->size);
 }
 
-static const char * buft_name(ggml_backend_buffer_type_t) { return NAME; }
+static const char * buft_name(ggml_backend_buffer_type_t buft) { return device_name(buft->device); }
 static size_t buft_alignment(ggml_backend_buffer_type_t) { return 128; }
 static bool buft_is_host(ggml_backend_buffer_type_t) { return false; }
 
@@ -123,11 +128,11 @@ static ggml_backend_buffer_t buft_alloc(ggml_backend_buffer_type_t buft, size_t 
     return ggml_backend_buffer_init(buft, iface, new memory { (char *) base, stride }, size);
 }
 
-static ggml_backend_buffer_type_t fake_buft() {
-    static ggml_backend_buffer_type buft = {
-        { buft_name, buft_alloc, buft_alignment, nullptr, nullptr, buft_is_host }, fake_device(), nullptr,
-    };
-    return &buft;
+static ggml_backend_buffer_type_t fake_buft(ggml_backend_dev_t dev) {
+    static ggml_backend_buffer_type bufts[MOST_DEVICES];
+    ggml_backend_buffer_type_t buft = &bufts[dev == fake_device(0) ? 0 : 1];
+    *buft = { { buft_name, buft_alloc, buft_alignment, nullptr, nullptr, buft_is_host }, dev, nullptr };
+    return buft;
 }
 
 // computing
@@ -138,7 +143,12 @@ struct fake_backend {
 };
 
 // as the CPU backend is to see it
-static ggml_tensor on_host(const ggml_tensor * t) {
+static ggml_tensor on_host(ggml_backend_dev_t dev, const ggml_tensor * t) {
+    ggml_backend_buffer_t buffer = buffer_of(t);
+    if (!buffer || buffer->buft != fake_buft(dev)) {
+        GGML_ABORT("%s: '%s' is not in this device's memory but in %s", device_name(dev), t->name,
+            buffer ? ggml_backend_buffer_name(buffer) : "none");
+    }
     ggml_tensor copy = *t;
     copy.data     = bytes(t);
     copy.buffer   = nullptr;
@@ -156,7 +166,7 @@ static std::string as_list(const std::set<int> & values) {
 }
 
 // a line for a MUL_MAT_ID that is about to run
-static void log_experts(const ggml_tensor * op) {
+static void log_experts(ggml_backend_dev_t dev, const ggml_tensor * op) {
     const char * path = getenv("FAKE_DEVICE_LOG");
     if (!path) {
         return;
@@ -184,28 +194,29 @@ static void log_experts(const ggml_tensor * op) {
     }
     FILE * file = fopen(path, "a");
     GGML_ASSERT(file);
-    fprintf(file, "{\"weight\": \"%s\", \"copy\": %s, \"tokens\": %d, \"skips\": %s, "
+    fprintf(file, "{\"device\": \"%s\", \"weight\": \"%s\", \"copy\": %s, \"tokens\": %d, \"skips\": %s, "
         "\"skipped\": %d, \"used\": %s, \"copied\": %s}\n",
-        weight->name, is_copy(weight) ? "true" : "false", (int) ids->ne[1],
+        device_name(dev), weight->name, is_copy(weight) ? "true" : "false", (int) ids->ne[1],
         ggml_mul_mat_id_skips(op) ? "true" : "false", n_skipped, as_list(used).c_str(), as_list(here).c_str());
     fclose(file);
 }
 
-static ggml_status compute_node(fake_backend * self, const ggml_tensor * node) {
+static ggml_status compute_node(ggml_backend_t backend, const ggml_tensor * node) {
+    auto * self = (fake_backend *) backend->context;
     ggml_init_params params = { self->arena.size(), self->arena.data(), /*.no_alloc =*/ true };
     ggml_context * ctx = ggml_init(params);
     ggml_cgraph * graph = ggml_new_graph_custom(ctx, 16, false);
 
-    ggml_tensor op = on_host(node);
+    ggml_tensor op = on_host(backend->device, node);
     ggml_tensor srcs[GGML_MAX_SRC];
     for (int i = 0; i < GGML_MAX_SRC; ++i) {
         if (node->src[i]) {
-            srcs[i] = on_host(node->src[i]);
+            srcs[i] = on_host(backend->device, node->src[i]);
             op.src[i] = &srcs[i];
         }
     }
     if (node->op == GGML_OP_MUL_MAT_ID) {
-        log_experts(node);
+        log_experts(backend->device, node);
         if (!knows_skip()) {
             ggml_set_op_params_i32(&op, 4, 0); // nobody reads it here
         }
@@ -226,7 +237,7 @@ static ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) 
         if (ggml_op_is_empty(node->op) || ggml_is_empty(node)) {
             continue;
         }
-        const ggml_status status = compute_node((fake_backend *) backend->context, node);
+        const ggml_status status = compute_node(backend, node);
         if (status != GGML_STATUS_SUCCESS) {
             return status;
         }
@@ -234,7 +245,7 @@ static ggml_status backend_compute(ggml_backend_t backend, ggml_cgraph * graph) 
     return GGML_STATUS_SUCCESS;
 }
 
-static const char * backend_name(ggml_backend_t) { return NAME; }
+static const char * backend_name(ggml_backend_t backend) { return device_name(backend->device); }
 
 static void backend_free(ggml_backend_t backend) {
     auto * self = (fake_backend *) backend->context;
@@ -263,18 +274,18 @@ static ggml_backend_t device_init(ggml_backend_dev_t dev, const char *) {
 
 // device
 
-static const char * device_name(ggml_backend_dev_t) { return NAME; }
 static const char * device_description(ggml_backend_dev_t) { return "a device for tests"; }
 static enum ggml_backend_dev_type device_type(ggml_backend_dev_t) { return GGML_BACKEND_DEVICE_TYPE_GPU; }
-static ggml_backend_buffer_type_t device_buft(ggml_backend_dev_t) { return fake_buft(); }
+static ggml_backend_buffer_type_t device_buft(ggml_backend_dev_t dev) { return fake_buft(dev); }
 
 static void device_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
-    *free = *total = (size_t) 8 << 30;
+    const char * value = getenv("FAKE_DEVICE_MEMORY");
+    *free = *total = value ? strtoull(value, nullptr, 10) : (size_t) 8 << 30;
 }
 
 static void device_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props) {
     *props = {};
-    props->name        = NAME;
+    props->name        = device_name(dev);
     props->description = device_description(dev);
     props->type        = GGML_BACKEND_DEVICE_TYPE_GPU;
     device_memory(dev, &props->memory_free, &props->memory_total);
@@ -283,12 +294,12 @@ static void device_props(ggml_backend_dev_t dev, ggml_backend_dev_props * props)
 
 // all that the CPU's plain kernels take; nothing here looks at the flag of a MUL_MAT_ID
 static bool device_supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
-    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU)->iface.supports_op(
-        ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU), op);
+    ggml_backend_dev_t cpu = ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+    return cpu->iface.supports_op(cpu, op);
 }
 
-static bool device_supports_buft(ggml_backend_dev_t, ggml_backend_buffer_type_t buft) {
-    return buft == fake_buft();
+static bool device_supports_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) {
+    return buft == fake_buft(dev);
 }
 
 // as the CUDA backend: large batches, though the weights have to be copied for them
@@ -296,30 +307,11 @@ static bool device_offload_op(ggml_backend_dev_t, const ggml_tensor * op) {
     return op->op == GGML_OP_MUL_MAT_ID && op->ne[2] >= 32;
 }
 
-static ggml_backend_dev_t fake_device() {
-    static ggml_backend_device device = [] {
-        ggml_backend_device d = {};
-        d.iface.get_name        = device_name;
-        d.iface.get_description = device_description;
-        d.iface.get_memory      = device_memory;
-        d.iface.get_type        = device_type;
-        d.iface.get_props       = device_props;
-        d.iface.init_backend    = device_init;
-        d.iface.get_buffer_type = device_buft;
-        d.iface.supports_op     = device_supports_op;
-        d.iface.supports_buft   = device_supports_buft;
-        d.iface.offload_op      = device_offload_op;
-        d.reg = fake_reg();
-        return d;
-    }();
-    return &device;
-}
-
 // registry
 
 static const char * reg_name(ggml_backend_reg_t) { return "Fake"; }
-static size_t reg_device_count(ggml_backend_reg_t) { return 1; }
-static ggml_backend_dev_t reg_device(ggml_backend_reg_t, size_t) { return fake_device(); }
+static size_t reg_device_count(ggml_backend_reg_t) { return device_count(); }
+static ggml_backend_dev_t reg_device(ggml_backend_reg_t, size_t index) { return fake_device(index); }
 
 static void * reg_proc_address(ggml_backend_reg_t, const char * name) {
     if (strcmp(name, "ggml_backend_set_n_threads") == 0) {
@@ -336,6 +328,31 @@ static ggml_backend_reg_t fake_reg() {
         GGML_BACKEND_API_VERSION, { reg_name, reg_device_count, reg_device, reg_proc_address }, nullptr,
     };
     return &reg;
+}
+
+static ggml_backend_dev_t fake_device(size_t index) {
+    static char names[MOST_DEVICES][6] = { "Fake0", "Fake1" };
+    static ggml_backend_device devices[MOST_DEVICES];
+    static const bool once = [] {
+        for (size_t i = 0; i < MOST_DEVICES; ++i) {
+            ggml_backend_device_i & iface = devices[i].iface;
+            iface.get_name        = device_name;
+            iface.get_description = device_description;
+            iface.get_memory      = device_memory;
+            iface.get_type        = device_type;
+            iface.get_props       = device_props;
+            iface.init_backend    = device_init;
+            iface.get_buffer_type = device_buft;
+            iface.supports_op     = device_supports_op;
+            iface.supports_buft   = device_supports_buft;
+            iface.offload_op      = device_offload_op;
+            devices[i].reg     = fake_reg();
+            devices[i].context = names[i];
+        }
+        return true;
+    }();
+    GGML_ASSERT(once && index < device_count());
+    return &devices[index];
 }
 
 extern "C" __attribute__((visibility("default"))) ggml_backend_reg_t ggml_backend_init(void) {
