@@ -40,7 +40,8 @@ WAYS = {
 @pytest.fixture(scope="module")
 def patched() -> LlamaCpp:
     """The pinned llama.cpp with the series; a failure to build fails the test."""
-    return ensure_built(("llama-perplexity", "llama-imatrix", "test-backend-ops"), patched=True)
+    tools = ("llama-perplexity", "llama-imatrix", "llama-quantize", "test-backend-ops")
+    return ensure_built(tools, patched=True)
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +184,26 @@ def test_keys_that_do_not_fit_are_refused(
     changes, message = KEYS[key]
     banked(files / "Q4_K_M.gguf", tmp_path / "bad.gguf", (None, None), **changes)
     refused(patched, tmp_path / "bad.gguf", text, message)
+
+
+@pytest.mark.parametrize(("ftype", "code"), [("Q4_K_M", 1), ("COPY", 0)])
+def test_llama_quantize_refuses_banks_but_copies_them(
+    patched: LlamaCpp, files: Path, tmp_path: Path, ftype: str, code: int
+) -> None:
+    """It would give all banks one type, and leave what moequant says of them in the file."""
+    source, target = files / "Q4_K_M-banked.gguf", tmp_path / "out.gguf"
+    command = [str(patched.tool("llama-quantize")), "--allow-requantize", str(source),
+               str(target), ftype, "1"]  # fmt: skip
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == code, run.stdout + run.stderr
+    if code:
+        assert re.search(r"'blk\.0\.ffn_\w+_exps\.bank0\.weight' is an expert bank", run.stderr)
+    else:
+        before, after = (
+            {tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(path).tensors}
+            for path in (source, target)
+        )
+        assert before == after
 
 
 def test_llama_imatrix_counts_each_expert_in_its_bank(
