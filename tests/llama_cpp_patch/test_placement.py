@@ -5,6 +5,7 @@ All runs use those kernels (`--no-repack`, no flash attention), so logits are co
 with the file without banks on the CPU alone.
 """
 
+import functools
 import re
 import subprocess
 from collections.abc import Callable
@@ -75,12 +76,13 @@ def device_log(patched: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return tmp_path / "device.jsonl"
 
 
-@pytest.fixture
-def logits(patched: LlamaCpp, files: Path, tmp_path: Path) -> Logits:
+@pytest.fixture(scope="module")
+def logits(patched: LlamaCpp, files: Path) -> Logits:
     """What llama-perplexity computes for a file, with options."""
 
     def run(name: str, *options: str, text: str = "text") -> bytes:
-        saved = tmp_path / "logits"
+        saved = files / "logits"
+        saved.unlink(missing_ok=True)
         run_perplexity(
             patched,
             ["-m", str(files / f"{name}.gguf"), "-f", str(files / text), "-c", "256",
@@ -93,6 +95,12 @@ def logits(patched: LlamaCpp, files: Path, tmp_path: Path) -> Logits:
         return data
 
     return run
+
+
+@pytest.fixture(scope="module")
+def on_cpu(logits: Logits) -> Logits:
+    """The same for the file on the CPU alone, computed once."""
+    return functools.cache(logits)
 
 
 def banks(path: Path) -> set[str]:
@@ -109,9 +117,9 @@ def prompts(log: Path) -> list[MatMul]:
 @pytest.mark.parametrize("way", [(), DECODE], ids=["prompt", "decode"])
 @pytest.mark.parametrize("name", ["gemma4", "qwen3-moe", "gpt-oss"])
 def test_all_banks_on_the_device(
-    files: Path, logits: Logits, device_log: Path, name: str, way: tuple[str, ...]
+    files: Path, logits: Logits, on_cpu: Logits, device_log: Path, name: str, way: tuple[str, ...]
 ) -> None:
-    expected = logits(name, *way)
+    expected = on_cpu(name, *way)
     assert not read_log(device_log)
     assert logits(f"{name}-banked", *ON_DEVICE, *way) == expected
     log = read_log(device_log)
@@ -134,10 +142,10 @@ PLACES: dict[str, tuple[tuple[str, ...], str]] = {
 
 @pytest.mark.parametrize("place", PLACES)
 def test_banks_go_where_they_are_sent(
-    files: Path, logits: Logits, device_log: Path, place: str
+    files: Path, logits: Logits, on_cpu: Logits, device_log: Path, place: str
 ) -> None:
     options, there = PLACES[place]
-    expected = logits("gemma4")
+    expected = on_cpu("gemma4")
     every = banks(files / "gemma4-banked.gguf")
     resident = {name for name in every if re.search(there, name)}
     # without offloading, an op runs where its weights are
@@ -153,8 +161,10 @@ def test_banks_go_where_they_are_sent(
     assert {matmul.weight for matmul in log if matmul.copy} == every - resident
 
 
-def test_offloading_copies_the_experts_that_are_used(logits: Logits, device_log: Path) -> None:
-    expected = logits("gemma4", text="monotone")
+def test_offloading_copies_the_experts_that_are_used(
+    logits: Logits, on_cpu: Logits, device_log: Path
+) -> None:
+    expected = on_cpu("gemma4", text="monotone")
     assert logits("gemma4-banked-8", *ON_DEVICE, "--cpu-moe", text="monotone") == expected
     log = prompts(device_log)
     assert all(matmul.copy for matmul in log)
@@ -162,9 +172,9 @@ def test_offloading_copies_the_experts_that_are_used(logits: Logits, device_log:
     assert {len(matmul.used) for matmul in log} == {0, 1, 2}, "banks unused, in part, and whole"
 
 
-def test_small_batches_stay_on_the_cpu(logits: Logits, device_log: Path) -> None:
+def test_small_batches_stay_on_the_cpu(logits: Logits, on_cpu: Logits, device_log: Path) -> None:
     small = ("-b", "31", "-ub", "31", "--chunks", "1")
-    expected = logits("gemma4", *small)
+    expected = on_cpu("gemma4", *small)
     assert logits("gemma4-banked", *ON_DEVICE, "--cpu-moe", *small) == expected
     assert not read_log(device_log)
 
@@ -243,10 +253,15 @@ TWO_PLACES: dict[str, tuple[tuple[str, ...], set[str]]] = {
 
 @pytest.mark.parametrize("place", TWO_PLACES)
 def test_banks_on_two_devices(
-    files: Path, logits: Logits, device_log: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    files: Path,
+    logits: Logits,
+    on_cpu: Logits,
+    device_log: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
 ) -> None:
     monkeypatch.setenv("FAKE_DEVICE_COUNT", "2")
-    expected = logits("gemma4")
+    expected = on_cpu("gemma4")
     both = ("--device", "Fake0,Fake1", "-ngl", "99")
     options, computing = TWO_PLACES[place]
     assert logits("gemma4-banked", *both, *options) == expected
@@ -256,11 +271,11 @@ def test_banks_on_two_devices(
 
 
 def test_fitting_into_little_memory_counts_banks(
-    files: Path, logits: Logits, device_log: Path, monkeypatch: pytest.MonkeyPatch
+    files: Path, logits: Logits, on_cpu: Logits, device_log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """llama.cpp's own choice of what goes to the device, by sizes that it sees without loading."""
     monkeypatch.setenv("FAKE_DEVICE_MEMORY", "28000000")
-    expected = logits("gemma4")
+    expected = on_cpu("gemma4")
     fitted = ("--device", "Fake0", "-fit", "on", "-fitt", "8", "--no-op-offload")
     assert logits("gemma4-banked", *fitted) == expected
     there = {matmul.weight for matmul in prompts(device_log)}
@@ -268,10 +283,14 @@ def test_fitting_into_little_memory_counts_banks(
 
 
 def test_rpc_gets_no_flagged_op(
-    patched: LlamaCpp, logits: Logits, device_log: Path, monkeypatch: pytest.MonkeyPatch
+    patched: LlamaCpp,
+    logits: Logits,
+    on_cpu: Logits,
+    device_log: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its client takes every op and asks nobody, so the other end may never have heard of it."""
-    expected = logits("gemma4")
+    expected = on_cpu("gemma4")
     with rpc_server(patched) as address:
         monkeypatch.setenv("GGML_BACKEND_PATH", str(rpc_backend(patched)))
         # -ot makes llama.cpp load the backend, --rpc alone does not
@@ -292,11 +311,13 @@ LORA_PLACES = {
 
 
 @pytest.mark.parametrize("place", LORA_PLACES)
-def test_a_lora_for_experts_with_biases(logits: Logits, files: Path, place: str) -> None:
+def test_a_lora_for_experts_with_biases(
+    logits: Logits, on_cpu: Logits, files: Path, place: str
+) -> None:
     """It keeps the router's ids, as the biases do."""
     lora = ("--lora", str(files / "lora.gguf"))
-    expected = logits("gpt-oss", *lora)
-    assert expected != logits("gpt-oss")
+    expected = on_cpu("gpt-oss", *lora)
+    assert expected != on_cpu("gpt-oss")
     assert logits("gpt-oss-banked", *lora, *LORA_PLACES[place]) == expected
 
 
