@@ -16,11 +16,12 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
-from moequant.errors import GGUFError, listing
+from moequant.errors import GGUFError, UsageError, listing
 from moequant.gguf_file import GGUFFile, GGUFTensor
 
 VERSION = 1
@@ -32,12 +33,12 @@ NOT_HERE = -1
 _PART = re.compile(
     rf"(blk\.\d+\.ffn_(?:{'|'.join(KINDS)})_exps)\.(?:bank(0|[1-9]\d*)\.weight|(bank_map))"
 )
-_STACK = re.compile(rf"blk\.\d+\.ffn_(?:{'|'.join(KINDS)})_exps\.weight")
+STACK = re.compile(rf"blk\.\d+\.ffn_(?:{'|'.join(KINDS)})_exps\.weight")
 
 
 def can_have_banks(name: str) -> bool:
     """True for the name of a tensor that banks may stand for."""
-    return _STACK.fullmatch(name) is not None
+    return STACK.fullmatch(name) is not None
 
 
 def bank_name(name: str, bank: int) -> str:
@@ -81,6 +82,24 @@ class ExpertBanks:
 def is_bank_part(name: str) -> bool:
     """True for the name of a bank or of a map."""
     return _PART.fullmatch(name) is not None
+
+
+def has_banks(file: GGUFFile) -> bool:
+    """Whether it takes a llama.cpp with moequant's patch to run `file`; reads no map.
+
+    Raises:
+        GGUFError: an unknown version, or keys and tensors that contradict each other.
+    """
+    return _has_banks(file, _parts(file))
+
+
+def stock_error(path: Path, build: Path) -> UsageError:
+    """What to raise where `build` (a program, or a folder of libraries) cannot run banks."""
+    return UsageError(
+        f"{path} keeps experts of one tensor in banks of different types, and {build} is a "
+        "llama.cpp without moequant's patch, which cannot run them. `moequant runtime build` makes "
+        "one that can; without an option that names another, moequant uses that by itself."
+    )
 
 
 def read_banks(file: GGUFFile) -> dict[str, ExpertBanks]:

@@ -84,11 +84,11 @@ CHANGES = (
     (REPACK, REPACK_CHECK, SKIP.format(op="op")),
     (REPACK, BARRIER, ZERO.format(dst="op") + BARRIER),
     (HEADER, "    GGML_API struct ggml_tensor * ggml_mul_mat_id(",
-     "    GGML_API void ggml_mul_mat_id_set_skip(struct ggml_tensor * op, bool skip);\n"
+     "    GGML_API void ggml_mul_mat_id_set_skip(struct ggml_tensor * op);\n"
      "    GGML_API struct ggml_tensor * ggml_mul_mat_id("),
     (GGML, "struct ggml_tensor * ggml_mul_mat_id(",
-     "void ggml_mul_mat_id_set_skip(struct ggml_tensor * op, bool skip) {\n"
-     "    ggml_set_op_params_i32(op, 4, skip);\n}\n\nstruct ggml_tensor * ggml_mul_mat_id("),
+     "void ggml_mul_mat_id_set_skip(struct ggml_tensor * op) {\n"
+     "    ggml_set_op_params_i32(op, 4, 1);\n}\n\nstruct ggml_tensor * ggml_mul_mat_id("),
 )  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from moequant.commands.shared import err, json_option, out, print_json, progress
 @click.command(short_help="Check that llama.cpp's MoE kernels compute what a file says.")
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--library", type=click.Path(path_type=Path), metavar="DIR",
-              help="The folder of a llama.cpp's shared libraries. Default: the pinned build.",
+              help="The folder of a llama.cpp's shared libraries. Default: the pinned build, "
+              "patched if FILE has expert banks.",
               )  # fmt: skip
 @click.option("--backend", "backends", multiple=True, metavar="NAME",
               help="Only this device, backend or buffer type, e.g. CUDA, CPU or CPU_REPACK. "

@@ -25,7 +25,7 @@ from moequant.evaluate.models import MeasuredModel
 from moequant.evaluate.result import Row
 from moequant.evaluate.statistics import Estimate
 from moequant.evaluate.text import TextOptions, documents_of, text_windows
-from moequant.expert_banks import read_banks
+from moequant.expert_banks import has_banks
 from moequant.files import check_target
 from moequant.gguf_file import GGUFFile
 from moequant.runtime.llama_cpp import ensure_built
@@ -67,18 +67,19 @@ def run_llama_cpp(
     """Hold `file` against `base` on `windows` (n, length), the first of the text.
 
     Raises:
-        UsageError: a file with expert banks, or conversations.
+        UsageError: conversations.
         CalibrationError: a text, or --tokens, too short for llama-perplexity.
         ExportError: the temporary folder has no space for what has to be kept there.
         LlamaCppError: as `llama_statistics`.
     """
-    _check_models(file, base)
     documents = documents_of(run.text)
     if any(document.messages for document in documents):
         raise UsageError("--engine llama.cpp takes plain text only, no conversations.")
     _check_length(base, windows, run.text)
     _check_space(base, windows)
-    llama_cpp = ensure_built(("llama-perplexity",))
+    llama_cpp = ensure_built(
+        ("llama-perplexity",), patched=_banked(file) or _banked(base), progress=progress
+    )
     with tempfile.TemporaryDirectory(prefix="moequant-") as name:
         folder = Path(name)
         text = folder / "text.txt"
@@ -93,14 +94,9 @@ def run_llama_cpp(
     return LlamaFound(row, found.reference_perplexity, len(found.tokens), notes)
 
 
-def _check_models(file: MeasuredModel, base: MeasuredModel) -> None:
-    if any(
-        read_banks(model.origin) for model in (file, base) if isinstance(model.origin, GGUFFile)
-    ):
-        raise UsageError(
-            f"--engine llama.cpp: {file.origin.path} or its reference keeps experts in banks, "
-            "which stock llama.cpp does not run; use --engine moequant."
-        )
+def _banked(model: MeasuredModel) -> bool:
+    """Whether only the patched llama.cpp runs it."""
+    return isinstance(model.origin, GGUFFile) and has_banks(model.origin)
 
 
 def _check_length(base: MeasuredModel, windows: Tensor, text: TextOptions) -> None:

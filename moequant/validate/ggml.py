@@ -141,7 +141,7 @@ class Ggml:
             self.call("ggml_backend_load_all_from_path", str(folder).encode())
         self.skip = self._symbol(SKIP_SETTER)
         if self.skip is not None:
-            self.skip.argtypes, self.skip.restype = (P, ctypes.c_bool), None
+            self.skip.argtypes, self.skip.restype = (P,), None
         self._places = dict(self._find_places())
         self._backends: dict[Pointer, Pointer] = {}
 

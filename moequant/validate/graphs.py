@@ -105,7 +105,7 @@ class Graph:
         if skip and self.ggml.skip is None:
             raise SkipMissingError
         if skip:
-            self.ggml.skip(op, True)
+            self.ggml.skip(op)
         return op
 
     def compute(self) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from moequant.errors import GGUFError, LlamaCppError, UsageError
-from moequant.expert_banks import is_bank_part
+from moequant.expert_banks import has_banks, stock_error
 from moequant.gguf_file import GGUFFile, read_model
 from moequant.runtime.llama_cpp import ensure_built
 from moequant.validate.cases import (
@@ -141,23 +141,29 @@ def validate(
 ) -> Validation:
     """Runs all cases of the file's expert tensors, or only `case`, on the library's backends.
 
-    `library` is a folder of shared libraries, the pinned build by default. `backends` keeps the
+    `library` is a folder of shared libraries; by default the pinned build's, which is patched if
+    the file has expert banks. `backends` keeps the
     devices, backends or buffer types of these names. `rows` and `experts` set how much of each
     tensor is used (0: all); `timeout` is in seconds per case.
 
     Raises:
         GGUFError: the file is damaged or has no experts.
-        UsageError: `case` is none, or none of this file.
+        UsageError: `case` is none, or none of this file; or expert banks and a stock `library`.
         LlamaCppError: there is no library, or it cannot be loaded.
     """
     file = read_model(path)
     subjects = _subjects(file)
     only = None if case is None else _checked_case(case, file)
-    folder = library_folder(ensure_built(report=report).binaries if library is None else library)
+    banked = has_banks(file)
+    if library is None:
+        library = ensure_built(report=report, patched=banked, progress=progress).binaries
+    folder = library_folder(library)
     options = WorkerOptions(str(path.absolute()), str(folder.absolute()),
                             threads or available_threads(), rows, experts)  # fmt: skip
     with _Process(options) as process:
         hello = process.hello()
+        if banked and not hello["skip"]:
+            raise stock_error(path, folder)
         places = tuple(Place(**place) for place in hello["places"])
         chosen, missing = _choose(places, backends)
         cases = [only] if only else list(_cases(subjects, chosen))
@@ -201,8 +207,6 @@ def _notes(file: GGUFFile, skip: bool) -> tuple[str, ...]:
     ]  # fmt: skip
     if family not in FAMILIES:
         notes.append(f"MOE_BRANCH: not checked, the branch of {family} is not known here")
-    if not skip and any(is_bank_part(name) for name in file.tensors):
-        notes.append("expert banks: this library does not run them, which needs the patch")
     if not skip:
         notes.append("skipped slots: not applicable, this library does not skip negative ids")
     return tuple(notes)

@@ -83,18 +83,26 @@ def test_the_pinned_build_is_right(gemma: Path, qwen: Path, llama_cpp: LlamaCpp)
 
 
 def test_skipped_slots_and_banks(
-    gemma: Path, wrong: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    gemma: Path, wrong: Path, llama_cpp: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a library that can skip slots, without a fault; and on one that cannot."""
-    banked(gemma, tmp_path / "banked.gguf")
+    """On the patched build, which a banked file gets by itself; not on a stock library."""
+    path = tmp_path / "banked.gguf"
+    banked(gemma, path)
     monkeypatch.setattr(validate_run, "TOKENS", (1, 2, 17, 129))
-    data = checked(tmp_path / "banked.gguf", "--library", wrong)
+    data = checked(path)
+    assert "patched-" in data["library"]
     assert data["skips_negative_ids"]
     assert counts(data, routing="skipped", place="CPU/CPU") == {"passed": 16}
     assert counts(data, op="MOE_BRANCH", place="CPU/CPU") == {"passed": 24}
-    stock = checked(tmp_path / "banked.gguf", "--backend", "CPU/CPU")
-    assert counts(stock, op="MOE_BRANCH") == {"not applicable": 24}
-    assert any("banks" in note for note in stock["notes"])
+    monkeypatch.setenv(SWITCH, "no_zero")
+    monkeypatch.setattr(validate_run, "TOKENS", (17,))
+    data = checked(path, "--library", wrong, code=1)  # the branch of banks sees it, too
+    assert counts(data, op="MOE_BRANCH", place="CPU/CPU") == {"failed": 6}
+    for library in (llama_cpp.binaries, llama_cpp.binaries.parent):
+        result = run("validate", path, "--library", library)
+        assert result.exit_code == 2
+        assert "banked.gguf keeps experts of one tensor in banks" in result.output
+        assert "`moequant runtime build`" in result.output
 
 
 @pytest.mark.parametrize(
