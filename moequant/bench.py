@@ -10,12 +10,14 @@ Keys and values, activations and what a backend copies are not counted. Where me
 as in generating one token at a time, bandwidth / bytes per token is the most that can be had.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moequant.errors import GGUFError, LlamaCppError, UsageError
+from moequant.expert_banks import STACK, has_banks, stock_error
 from moequant.gguf_file import GGUFFile, GGUFTensor, read_model
 from moequant.parameters import is_expert
 from moequant.plan.model import block_of
@@ -48,6 +50,7 @@ class Footprint:
     expert_count: int
     expert_used_count: int
     context_length: int | None = None  # tokens the model was made for, where the file tells
+    banked: bool = False  # experts in banks, which only a patched llama.cpp runs
 
     @property
     def token(self) -> int:
@@ -103,13 +106,14 @@ def bench(
     """Count the bytes of each file, then measure them one after another.
 
     `options` None: bytes only, nothing is run. `tool`: a llama-bench of another build than the
-    pinned one. All files are checked before the first is run.
+    pinned one, which is patched if any file has expert banks: all are measured by the same. All
+    files are checked before the first is run.
 
     Raises:
         GGUFError: a file that is damaged, or no model.
         LlamaCppError: llama.cpp cannot be built, or llama-bench failed.
-        UsageError: no file, options that leave nothing to measure, or more tokens than a model was
-            made for.
+        UsageError: no file, options that leave nothing to measure, more tokens than a model was
+            made for, or expert banks and a stock `tool`.
     """
     if not paths:
         raise UsageError("no file to measure.")
@@ -121,12 +125,24 @@ def bench(
     for one in footprints:
         _check_context(one, options)
     # a name without a folder would be looked for in $PATH; one that stands here is meant
-    chosen = (tool.absolute() if tool.exists() else tool) if tool else _pinned(report)
+    patched = any(one.banked for one in footprints)
+    chosen = (tool.absolute() if tool.exists() else tool) if tool else _pinned(
+        patched, report, progress)  # fmt: skip
     files = []
     for number, one in enumerate(footprints, 1):
-        run = run_llama_bench(chosen, one.path, options, _numbered(progress, number, len(paths)))
+        run = _run(chosen, one, options, _numbered(progress, number, len(paths)))
         files.append(FileBench(one, run))
-    return Bench(tuple(files), options, _build(tool, files[0].run))
+    return Bench(tuple(files), options, _build(tool, files[0].run, patched))
+
+
+def _run(tool: Path, one: Footprint, options: BenchOptions, progress: Progress) -> BenchRun:
+    """`run_llama_bench`; a UsageError for a stock llama.cpp that misses what is in banks."""
+    try:
+        return run_llama_bench(tool, one.path, options, progress)
+    except LlamaCppError as error:
+        if one.banked and re.search(rf"'{STACK.pattern}' not found", str(error)):
+            raise stock_error(one.path, tool) from error
+        raise
 
 
 def _check_context(footprint: Footprint, options: BenchOptions) -> None:
@@ -166,6 +182,7 @@ def read_footprint(path: Path) -> Footprint:
         expert_count=max((total for total, _ in counts), default=0),
         expert_used_count=max((used for _, used in counts), default=0),
         context_length=_of_layer(file.metadata.get(f"{architecture}.context_length"), None),
+        banked=has_banks(file),
     )
 
 
@@ -209,10 +226,11 @@ def _of_layer(value: Any, bid: int | None) -> int | None:
     return value if type(value) is int else None
 
 
-def _pinned(report: Report) -> Path:
+def _pinned(patched: bool, report: Report, progress: Progress) -> Path:
     """The pinned llama-bench, built on first use."""
     try:
-        return ensure_built(("llama-bench",), report).tool("llama-bench")
+        built = ensure_built(("llama-bench",), report, patched=patched, progress=progress)
+        return built.tool("llama-bench")
     except LlamaCppError as error:
         raise LlamaCppError(
             f"{error}\nWithout it: --llama-bench PATH takes one of your own, and --no-run prints "
@@ -220,10 +238,10 @@ def _pinned(report: Report) -> Path:
         ) from error
 
 
-def _build(tool: Path | None, run: BenchRun | None) -> str:
+def _build(tool: Path | None, run: BenchRun | None, patched: bool) -> str:
     """Which llama.cpp it was, in words."""
     if tool is None:
-        return f"llama.cpp {read_pin().commit} (pinned)"
+        return f"llama.cpp {read_pin().commit} ({'pinned, patched' if patched else 'pinned'})"
     known = run is not None and run.build_commit != "unknown"
     commit = f" {run.build_commit} ({run.build_number})" if known and run is not None else ""
     return f"llama.cpp{commit}, {tool}"

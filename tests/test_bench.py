@@ -155,6 +155,24 @@ def test_llama_cpp_counts_the_same_bytes(
         assert one.footprint.token == whole.token and one.footprint.file > whole.file
 
 
+@pytest.mark.llama_cpp
+def test_banks_run_on_the_patched_build_and_not_on_a_stock_one(
+    llama_cpp: LlamaCpp, files: dict[str, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "banked.gguf"
+    banked(files["whole"], path, (None, gguf.GGMLQuantizationType.Q4_0))
+    measured = bench([files["whole"], path], QUICK)
+    assert measured.build.endswith("(pinned, patched)")
+    first, second = measured.files
+    assert first.generation is not None and second.generation is not None
+    assert second.footprint.banked and not first.footprint.banked
+    assert second.run is not None and second.run.model_bytes == second.footprint.weights
+    assert bench([files["whole"]], QUICK).build.endswith("(pinned)")
+    message = refused(2, path, *FAST, "--llama-bench", llama_cpp.tool("llama-bench"))
+    assert "banked.gguf keeps experts of one tensor in banks" in message
+    assert "`moequant runtime build`" in message
+
+
 # --- the command -----------------------------------------------------------------------------
 
 

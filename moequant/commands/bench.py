@@ -39,7 +39,8 @@ def _finite(_: click.Context, parameter: click.Parameter, value: float | None) -
 @click.option("--gpu-layers", type=click.IntRange(min=0), metavar="N",
               help="Layers on the GPU. Default: all, where llama.cpp has a GPU.")  # fmt: skip
 @click.option("--llama-bench", "tool", type=click.Path(path_type=Path), metavar="PATH",
-              help="Run this llama-bench, e.g. one built for your GPU, not the pinned CPU build.",
+              help="Run this llama-bench, e.g. one built for your GPU, not the pinned CPU build "
+              "(which is patched if a file has expert banks).",
               )  # fmt: skip
 @click.option("--no-run", is_flag=True, help="Count bytes only; run nothing.")
 @json_option

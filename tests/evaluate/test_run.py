@@ -195,8 +195,26 @@ def test_a_banked_file(
     errors = {t["name"]: t["nmse"] for t in row["tensors"]}
     assert 0 < errors.pop("blk.1.ffn_down_exps.weight") < 1e-4  # Q8_0 of half the experts
     assert {error for error in errors.values() if error is not None} == {0.0}
-    said = refused(tmp_path / "banked.gguf", "--reference", tiny_model, "--engine", "llama.cpp")
-    assert "banks" in said
+
+
+@pytest.mark.llama_cpp
+def test_the_patched_llama_cpp_measures_a_banked_file(
+    files: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """By both engines on the same windows; and as the reference of another file."""
+    text, path = tmp_path / "text.txt", tmp_path / "banked.gguf"
+    text.write_text((tiny_model / "held-out.txt").read_text("utf-8")[:12000], "utf-8")
+    banked(files / "Q4_K_M.gguf", path)
+    arguments = ("--reference", tiny_model, "--text", text, "--context", "256")
+    ours = measured(path, *arguments, "--sample-tokens", "0")
+    theirs = measured(path, *arguments, "--engine", "llama.cpp", "--threads", "1")
+    assert ours["text"]["windows"] == theirs["text"]["windows"] > 8
+    (one,), (other,) = ours["models"], theirs["models"]
+    assert other["perplexity"]["ppl"] == pytest.approx(one["perplexity"]["ppl"], rel=5e-3)
+    assert 0 < other["kld"]["mean"] - one["kld"]["mean"] < 1e-3  # activations in 8 bits
+    against = measured(files / "Q4_K_M.gguf", *arguments[2:], "--reference", path,
+                       "--engine", "llama.cpp", "--threads", "1")  # fmt: skip
+    assert against["models"][0]["kld"]["mean"] < one["kld"]["mean"] / 2
 
 
 def test_the_dense_part_against_the_whole(tiny_model: Path, tmp_path: Path) -> None:
