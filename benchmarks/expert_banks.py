@@ -4,10 +4,10 @@ Writes a synthetic Qwen3-MoE in which only the MoE branch matters (hidden 2048, 
 768, 8 of them per token, 4 layers, vocabulary 4096; random weights in Q4_K), then the same weights
 in 2 and in 3 banks of that type, and once with banks of three types. Runs the patched llama-bench
 on all files in one call, several times over, and prints the ratios of tokens per second to the
-ordinary file: of each call, and their median. Needs 3 GB of disk and about seven minutes on two
+ordinary file: of each call, and their median. Needs 3 GB of disk and about five minutes on two
 cores, without the build:
 
-    python benchmarks/expert_banks.py [--rounds 5] [--threads 2] [--json]
+    python benchmarks/expert_banks.py [--rounds 8] [--threads 2] [--json]
 """
 
 import argparse
@@ -166,7 +166,8 @@ def measure(tool: Path, folder: Path, arguments: argparse.Namespace) -> dict[str
     rounds = []
     for _ in range(arguments.rounds):
         rounds.append(run_once(tool, files, arguments))
-        files = dict(reversed(files.items()))  # so that warming up or slowing down cancels
+        name = next(iter(files))
+        files[name] = files.pop(name)  # each file comes first once, and so on
     first = next(iter(FILES))
     found: dict[str, Any] = {}
     for name in FILES:
@@ -183,7 +184,7 @@ def measure(tool: Path, folder: Path, arguments: argparse.Namespace) -> dict[str
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=2 * len(FILES))
     parser.add_argument("--repetitions", type=int, default=2, help="in each call")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--generate", type=int, default=64)

@@ -103,6 +103,26 @@ def test_banks_of_several_types_are_near_the_original(
     assert second == pytest.approx(first, rel=0.01)
 
 
+@pytest.mark.parametrize("way", ["repacked", "plain", "decode"])
+def test_banks_summed_in_place_are_those_summed_op_by_op(
+    patched: LlamaCpp, files: Path, text: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, way: str,
+) -> None:  # fmt: skip
+    """With 2 to 4 banks of different types, of which some are repacked."""
+    for types in ((QType.Q8_0, None), (None, QType.Q4_0, None, QType.Q8_0)):
+        banked(files / "Q4_K_M.gguf", tmp_path / "mixed.gguf", types)
+        saved = []
+        for off in ("0", "1"):
+            monkeypatch.setenv("GGML_CPU_DISABLE_FUSION", off)
+            logits = tmp_path / f"{off}.logits"
+            run_perplexity(patched, arguments(tmp_path / "mixed.gguf", text, *WAYS[way],
+                                              "--kl-divergence-base", str(logits),
+                                              windows=1))  # fmt: skip
+            saved.append(logits.read_bytes())
+        assert saved[0] == saved[1]
+        assert len(saved[0]) > CONTEXT // 2 * 512
+
+
 def test_the_stock_one_refuses_banks(llama_cpp: LlamaCpp, files: Path, text: Path) -> None:
     with pytest.raises(LlamaCppError, match=r"exit code 1:(.|\n)*ffn_\w+_exps.weight' not found"):
         run_perplexity(llama_cpp, arguments(files / "Q4_K_M-banked.gguf", text))
