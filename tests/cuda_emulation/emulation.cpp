@@ -3,6 +3,7 @@
 
 #include "emulation.h"
 
+#include <algorithm>
 #include <csetjmp>
 #include <csignal>
 #include <cstdarg>
@@ -11,7 +12,7 @@
 
 #include <sys/mman.h>
 #include <unistd.h>
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(EMU_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -29,7 +30,7 @@ constexpr size_t STACK = 256 * 1024;
 constexpr size_t ARENA = size_t(1) << 36;  // of addresses; memory is used only where it is touched
 constexpr size_t GAP = size_t(1) << 24;    // unmapped, between two allocations
 constexpr size_t POOL_SLACK = 4096;
-constexpr size_t SHARED_LIMIT = 48 * 1024;
+constexpr size_t SHARED_MAX = __CUDA_ARCH__ >= 750 ? 99 * 1024 : 48 * 1024;
 constexpr unsigned WARP = 32;
 constexpr unsigned MAX_THREADS = 1024;
 
@@ -39,7 +40,7 @@ char message[1024];
 
 // ---- fibers ---------------------------------------------------------------------------------------
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(EMU_UCONTEXT)
 using Context = void *;  // its stack pointer; everything else is on the stack
 
 extern "C" void emu_switch(Context * from, Context to);
@@ -96,6 +97,7 @@ enum class State { ready, at_barrier, at_warp, ended };
 
 struct Fiber {
     uint3 thread;
+    int lane;
     Context context;
     char * stack = nullptr;
     State state;
@@ -105,6 +107,7 @@ struct Fiber {
     WarpOp op;
     uint64_t value, result;
     int source;
+    void (*call)(void * const *);
 };
 
 struct Block {
@@ -120,7 +123,7 @@ Context scheduler;
 Block block;
 const char * kernel_name = "a kernel";
 int64_t kernel_threads;
-size_t shared_size, static_size;
+size_t shared_size, static_size, shared_limit = 48 * 1024;
 void * shared_data;
 
 struct SharedVariable {
@@ -307,7 +310,12 @@ void release_barrier() {
         fail("barrier divergence: %u of %u threads have ended while others wait at %s",
              block.ended, block.count, place_of(*first).c_str());
     }
+    uint64_t count = 0;
     for (unsigned i = 0; i < block.count; ++i) {
+        count += fibers[i].value;
+    }
+    for (unsigned i = 0; i < block.count; ++i) {
+        fibers[i].result = count;
         make_ready(i);
     }
     block.waiting = 0;
@@ -349,6 +357,17 @@ uint64_t shuffled(Fiber & f, unsigned begin, unsigned mask) {
     return fibers[source].value;
 }
 
+void call_together(const Fiber & one, unsigned begin, unsigned present) {
+    if (present != 0xFFFFFFFF) {
+        fail("only the lanes 0x%08x are at %s, which needs all", present, place_of(one).c_str());
+    }
+    void * lanes[WARP];
+    for (unsigned lane = 0; lane < WARP; ++lane) {
+        lanes[lane] = reinterpret_cast<void *>(fibers[begin + lane].value);
+    }
+    one.call(lanes);
+}
+
 // Lets the warp operation at which thread `index` waits happen, if all that take part are there.
 void release_warp(unsigned index) {
     const unsigned begin = index / WARP * WARP;
@@ -364,6 +383,9 @@ void release_warp(unsigned index) {
             return;
         }
         present |= 1u << lane;
+    }
+    if (one.op == WarpOp::call) {
+        call_together(one, begin, present);
     }
     const uint64_t combined = one.op == WarpOp::shuffle ? 0 : combine(one, begin, present);
     for (unsigned lane = 0; lane < WARP; ++lane) {
@@ -450,6 +472,7 @@ void start_block(const Grid & grid, unsigned index) {
         Fiber & f = fibers[i];
         const dim3 & t = grid.threads;
         f.thread = {i % t.x, i / t.x % t.y, i / t.x / t.y};
+        f.lane = static_cast<int>(i % WARP);
         f.state = State::ready;
         prepare(f.context, f.stack, fiber_main);
     }
@@ -487,9 +510,13 @@ void assume(bool condition, const char * text, const char * file, int line) {
     }
 }
 
-int lane() { return static_cast<int>((current - fibers.data()) % WARP); }
+int lane() { return current->lane; }
 
-void block_barrier(const char * file, int line) { wait(State::at_barrier, file, line); }
+int block_barrier(int value, const char * file, int line) {
+    current->value = value != 0;
+    wait(State::at_barrier, file, line);
+    return static_cast<int>(current->result);
+}
 
 uint64_t warp_operation(
     WarpOp op, unsigned mask, uint64_t value, int source, const char * file, int line) {
@@ -504,12 +531,22 @@ uint64_t warp_operation(
     return current->result;
 }
 
+void together(void (*f)(void * const *), void * mine, const char * file, int line) {
+    current->call = f;
+    warp_operation(WarpOp::call, 0xFFFFFFFF, reinterpret_cast<uint64_t>(mine), 0, file, line);
+}
+
 void enter_kernel(const char * name, int64_t max_threads) {
     kernel_name = name;
     if (block.count > max_threads) {
         fail("launched with %u threads, __launch_bounds__ allows %lld", block.count,
              static_cast<long long>(max_threads));
     }
+}
+
+bool allow_shared(int bytes) {
+    shared_limit = std::max(shared_limit, std::min(static_cast<size_t>(bytes), SHARED_MAX));
+    return static_cast<size_t>(bytes) <= SHARED_MAX;
 }
 
 void * dynamic_shared() { return shared_data; }
@@ -521,8 +558,8 @@ void * static_shared(const char * name, const char * file, int line, size_t size
         }
     }
     static_size += size;
-    if (static_size + shared_size > SHARED_LIMIT) {
-        fail("%zu bytes of shared memory, the limit is %zu", static_size + shared_size, SHARED_LIMIT);
+    if (static_size + shared_size > shared_limit) {
+        fail("%zu bytes of shared memory, the limit is %zu", static_size + shared_size, shared_limit);
     }
     void * data = allocate((std::string("shared ") + name).c_str(), size, Kind::shared);
     shared_variables.push_back({file, line, data, size});
@@ -537,9 +574,9 @@ void run_grid(const Grid & grid, void (*thread)(void *), void * argument) {
         fail("invalid launch: grid (%u,%u,%u), block (%u,%u,%u)", grid.blocks.x, grid.blocks.y,
              grid.blocks.z, grid.threads.x, grid.threads.y, grid.threads.z);
     }
-    if (grid.shared > SHARED_LIMIT) {
+    if (grid.shared > shared_limit) {
         fail("invalid launch: %zu bytes of dynamic shared memory, the limit is %zu", grid.shared,
-             SHARED_LIMIT);
+             shared_limit);
     }
     shared_size = grid.shared;
     shared_data = allocate("dynamic shared memory", grid.shared, Kind::shared);

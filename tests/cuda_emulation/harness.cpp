@@ -29,7 +29,8 @@ const ggml_cuda_device_info & ggml_cuda_info() {
         i.device_count = i.physical_device_count = 1;
         i.devices[0].cc = __CUDA_ARCH__;
         i.devices[0].nsm = 3;
-        i.devices[0].smpb = i.devices[0].smpbo = 48 * 1024;
+        i.devices[0].smpb = 48 * 1024;
+        i.devices[0].smpbo = __CUDA_ARCH__ >= 750 ? 99 * 1024 : 48 * 1024;
         i.devices[0].warp_size = 32;
         i.devices[0].physical_share_count = 1;
         return i;
@@ -73,7 +74,7 @@ std::unique_ptr<ggml_cuda_pool> ggml_backend_cuda_context::new_pool_for_device(i
 
 ggml_backend_cuda_context::~ggml_backend_cuda_context() {}
 
-// Pascal has no tensor cores, so that ggml_cuda_should_use_mmf is false there.
+// mul_mat_f, for tensor cores and F16, BF16 or F32, is not compiled: as if no shape fitted it.
 bool ggml_cuda_should_use_mmf(
     enum ggml_type, int, int, const int64_t *, const size_t *, const int, bool) {
     return false;

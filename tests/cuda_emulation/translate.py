@@ -1,9 +1,9 @@
 """Rewrites what of CUDA C++ no header can give to g++; everything else stays as it is written.
 
-Owns: launches (`kernel<<<grid, block>>>(…)`), shared variables, launch bounds; taking one function
-out of a file, and cases out of a switch, so that what no test runs need not be compiled. Leaves
-out: what the calls that it writes do (`include/cuda_runtime.h`). No line is added or removed, so
-that messages name the lines of the original.
+Owns: launches (`kernel<<<grid, block>>>(…)`), shared variables, launch bounds, PTX; taking one
+function out of a file, and cases out of a switch, so that what no test runs need not be compiled.
+Leaves out: what the calls that it writes do (`include/cuda_runtime.h`). No line is added or
+removed, so that messages name the lines of the original.
 """
 
 import re
@@ -15,12 +15,38 @@ SHARED = re.compile(
     r"(?P<extern>extern\s+)?(?:\[\[maybe_unused\]\]\s*)?__shared__\s+(?P<type>[\w:]+)\s+"
     r"(?P<name>\w+)\s*(?P<dims>(?:\[[^;]*\])?)\s*;"
 )
+ASSEMBLY = re.compile(r'\basm\s*(?:volatile\s*)?\((?=\s*"\s*(?P<instruction>[\w.]+))')
+OPERAND = re.compile(r'"[=+]?\w"\s*\(')
+PTX = {
+    "ldmatrix.sync.aligned.m8n8.x2.b16",
+    "ldmatrix.sync.aligned.m8n8.x4.b16",
+    "mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32",
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32",
+}
 LAUNCH = re.compile(r"<<<(?P<grid>[^;]*?)>>>\s*\(", re.S)
 
 
 def translate(source: str) -> str:
     """The text of one file of ggml's CUDA backend, for g++ with `include/` before all else."""
-    return launches(shared_variables(kernels(source)))
+    return launches(shared_variables(kernels(assembly(source))))
+
+
+def assembly(source: str) -> str:
+    """PTX becomes a call of the function of `include/ptx.h` with the instruction's name."""
+    out, position = [], 0
+    while match := ASSEMBLY.search(source, position):
+        end = closing(source, match.end() - 1)
+        inside = source[match.end() : end]
+        name = match["instruction"]
+        operands = [
+            inside[m.end() : closing(inside, m.end() - 1)] for m in OPERAND.finditer(inside)
+        ]
+        call = f"emu::ptx::{name.replace('.', '_')}({', '.join(operands)})"
+        if name not in PTX:
+            call = f'emu::fail("not emulated: {name}")'
+        out += [source[position : match.start()], call, "\n" * inside.count("\n")]
+        position = end + 1
+    return "".join([*out, source[position:]])
 
 
 def kernels(source: str) -> str:

@@ -10,7 +10,7 @@
 //     pseudorandom order, drawn anew at every wait. A missing barrier shows as a wrong result under
 //     some of them, or as the poison below.
 //   - Shared memory, static and dynamic, has the size that was asked for, is filled with poison
-//     before every block; more than 48 KiB is an error.
+//     before every block; more than 48 KiB, or than what was allowed, is an error.
 //   - Global memory comes from `emu::allocate`: filled with poison, between unmapped pages, so that
 //     what is read or written outside is an error that names the allocation. Inputs are made
 //     read-only. Memory of ggml's pool has 4 KiB of poison behind it, as other memory of the pool
@@ -20,15 +20,16 @@
 //   - A launch with more threads than __launch_bounds__ or the device allows is an error.
 //   - dp4a, byte permutation and the like, half and bfloat16 (stored as such, computed as float and
 //     rounded to nearest even), streams and events that do nothing as all work is done at once;
-//     programmatic dependent launch is off, as it is on the emulated device.
+//     programmatic dependent launch is off, as it is on the emulated devices.
 //
 // What is not, and what it can therefore not prove
 //   - Threads change places at barriers and warp operations only, never between two instructions.
 //     Two threads that write one place without a barrier are seen only if the order of whole
 //     stretches between barriers changes the result. There are no caches, no memory fences, no
 //     weak memory order, no two blocks at once, no two streams at once.
-//   - Only sm_61 is compiled: dp4a, no tensor cores. PTX, mma, cp.async, and the branches of the
-//     source for other architectures or vendors are neither compiled nor run.
+//   - Two architectures: sm_61 (dp4a) and sm_89 (`ptx.h`: int8 tensor cores, as the PTX manual says
+//     they work; stream-k). Branches of the source for others, other vendors, and other PTX
+//     (float tensor cores, cp.async, Blackwell's FP4) are not run.
 //   - No speed, no registers, no bank conflicts, no alignment of accesses, no nvcc: the compiler is
 //     g++, and expf, fused multiply-add and the order of sums may round differently.
 //   - Float atomics, textures, cooperative groups: nothing that is run here uses them.
@@ -94,16 +95,19 @@ extern dim3 blockDim, gridDim;
 
 namespace emu {
 
-enum class WarpOp { none, sync, shuffle, any, all, ballot, add, min, max, bit_and, bit_or };
+enum class WarpOp { none, sync, shuffle, any, all, ballot, add, min, max, bit_and, bit_or, call };
 
 [[noreturn]] void fail(const char * format, ...) __attribute__((format(printf, 1, 2)));
 void assume(bool condition, const char * text, const char * file, int line);
-void block_barrier(const char * file, int line);
+int block_barrier(int value, const char * file, int line);  // how many gave a value but 0
 uint64_t warp_operation(
     WarpOp op, unsigned mask, uint64_t value, int source_lane, const char * file, int line);
+// Once all 32 lanes are here, `f` gets what each of them gave.
+void together(void (*f)(void * const * lanes), void * mine, const char * file, int line);
 void enter_kernel(const char * name, int64_t max_threads);
 void * dynamic_shared();
 void * static_shared(const char * name, const char * file, int line, size_t size);
+bool allow_shared(int bytes);
 int lane();
 
 struct Grid {
@@ -175,7 +179,10 @@ inline int source_xor(int mask, int width) {
 
 #define EMU_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-static inline void __syncthreads(EMU_SITE) { emu::block_barrier(file, line); }
+static inline void __syncthreads(EMU_SITE) { emu::block_barrier(0, file, line); }
+static inline int __syncthreads_or(int value, EMU_SITE) {
+    return emu::block_barrier(value, file, line) > 0;
+}
 static inline void __syncwarp(unsigned mask = 0xFFFFFFFF, EMU_SITE) {
     emu::warp_operation(emu::WarpOp::sync, mask, 0, 0, file, line);
 }
@@ -317,9 +324,9 @@ static inline cudaError_t cudaMemset2DAsync(
 static inline cudaError_t cudaMalloc(void **, size_t) { return cudaErrorNotSupported; }
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-template <class F>  // the device allows no more than every launch may have
-static inline cudaError_t cudaFuncSetAttribute(F *, cudaFuncAttribute, int bytes) {
-    return bytes <= 48 * 1024 ? cudaSuccess : cudaErrorInvalidValue;
+template <class F>
+static inline cudaError_t cudaFuncSetAttribute(F * kernel, cudaFuncAttribute, int bytes) {
+    return emu::allow_shared(bytes) ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 struct cudaFuncAttributes { int ptxVersion; };
@@ -348,3 +355,5 @@ static cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t * c, F kernel, A 
 }
 static inline void cudaGridDependencySynchronize() {}
 static inline void cudaTriggerProgrammaticLaunchCompletion() {}
+
+#include "ptx.h"
