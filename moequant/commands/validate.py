@@ -3,12 +3,20 @@
 Owns: its options. Leaves out: all work.
 """
 
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 import click
 
 from moequant.commands.shared import err, json_option, out, print_json, progress_bars
+
+
+def _number(_: click.Context, parameter: click.Parameter, value: float) -> float:
+    """`value`; an error for nan, which no range refuses."""
+    if isnan(value):
+        raise click.BadParameter("nan is no number.", param=parameter)
+    return value
 
 
 @click.command(short_help="Check that llama.cpp's MoE kernels compute what a file says.")
@@ -21,14 +29,16 @@ from moequant.commands.shared import err, json_option, out, print_json, progress
               help="Only this device, backend or buffer type, e.g. CUDA, CPU or CPU_REPACK. "
               "Repeat for more. Default: all that the library has.")  # fmt: skip
 @click.option("--rows", type=click.IntRange(min=0), metavar="N",
-              help="Rows of each expert, and columns of its width in a branch; 0 for all. Default: "
-              "what keeps it quick.")  # fmt: skip
-@click.option("--experts", type=click.IntRange(min=0), metavar="N",
-              help="Experts of each tensor; 0 for all. Default: all of a tensor, in a branch what "
-              "keeps it quick.")  # fmt: skip
+              help="Rows of each expert that are compared in MUL_MAT_ID; 0 for all. All are "
+              "computed. Default: what keeps it quick.")  # fmt: skip
+@click.option("--memory", type=click.FloatRange(min=0, min_open=True, max=4096), default=0.75,
+              show_default=True, metavar="GIB", callback=_number,
+              help="Weights of a tensor or layer that are used at once; what is larger is cut, "
+              "and that is told.")  # fmt: skip
 @click.option("--threads", type=click.IntRange(min=1, max=512), metavar="N", help="CPU threads.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True, max=86400), default=60.0,
-              show_default=True, metavar="SECONDS", help="Time for one case.")  # fmt: skip
+              show_default=True, metavar="SECONDS", callback=_number,
+              help="Time for the kernels of one case.")  # fmt: skip
 @click.option("--case", metavar="CASE",
               help="Only this case, by the name that an earlier run gave it.")  # fmt: skip
 @json_option
@@ -38,10 +48,10 @@ def validate(
 ) -> None:
     """Check that the MoE kernels of a llama.cpp compute what FILE says.
 
-    For each type and shape of FILE's expert tensors, real rows of them are multiplied by the
-    library's own kernels, alone (MUL_MAT_ID) and in the whole MoE branch, on every backend and
-    buffer type, for 1 to 512 tokens and several routings, and held against numpy. A case that
-    aborts or hangs is a finding. Exit code 1 if any case fails, or none could be checked.
+    For each type and shape of FILE's expert tensors, the library's own kernels multiply by them,
+    alone (MUL_MAT_ID) and in the whole MoE branch, on every backend and buffer type, for 1 to 512
+    tokens and several routings, and are held against numpy. A case that aborts or hangs is a
+    finding. Exit code 1 if any case fails, none could be checked, or a --backend is not there.
     """
     from moequant.tables.validate import validation_json, validation_tables
     from moequant.validate.run import validate as check
@@ -56,5 +66,5 @@ def validate(
     else:
         for table in validation_tables(validation):
             out.print(table, soft_wrap=not hasattr(table, "columns"))
-    if validation.findings or not validation.checked:
+    if not validation.passed:
         ctx.exit(1)

@@ -13,18 +13,18 @@ from rich.text import Text
 
 from moequant.tables.common import SHOWN_ROWS
 from moequant.validate.cases import (
+    ERROR,
     FINDINGS,
-    NMSE_LIMITS,
     NOT_APPLICABLE,
     NOT_CHECKED,
     PASSED,
-    ROW_LIMIT,
     UNSUPPORTED,
     CaseResult,
 )
 from moequant.validate.run import Subject, Validation, badness
 
-COLOURS = {PASSED: "green", UNSUPPORTED: "dim", NOT_APPLICABLE: "dim", NOT_CHECKED: "yellow"}
+COLOURS = {PASSED: "green", UNSUPPORTED: "dim", NOT_APPLICABLE: "dim", NOT_CHECKED: "yellow",
+           ERROR: "bold red"}  # fmt: skip
 TOLD = (PASSED, *FINDINGS)
 
 
@@ -51,10 +51,11 @@ def _of(validation: Validation, subject: Subject, place: str) -> list[CaseResult
 
 def _row(subject: Subject, place: str, results: Sequence[CaseResult]) -> list[Any]:
     told = [result for result in results if result.verdict in TOLD]
-    finite = [result.nmse for result in told if result.nmse == result.nmse]
+    finite = [r.errors.nmse for r in told if r.errors.nmse == r.errors.nmse]
     worst = f"{max(finite):.2g}" if finite else ""
     counts = Counter(result.verdict for result in results)
-    found = [f"{verdict} {counts[verdict]}" for verdict in FINDINGS if counts[verdict]]
+    found = [f"{verdict} {counts[verdict]}" for verdict in (*FINDINGS, ERROR)
+             if counts[verdict]]  # fmt: skip
     if found:
         verdict = Text(", ".join(found), "bold red")
     elif told:
@@ -66,33 +67,34 @@ def _row(subject: Subject, place: str, results: Sequence[CaseResult]) -> list[An
 
 
 def _findings(validation: Validation) -> list[RenderableType]:
-    worst = validation.worst
-    if worst is None:
-        return []
-    shown = sorted(validation.findings, key=badness, reverse=True)
+    wrong = [r for r in validation.results if r.verdict in (*FINDINGS, ERROR)]
+    shown = sorted(wrong, key=badness, reverse=True)
     lines = [f"{r.verdict}: {r.case.name}: {r.detail}" for r in shown[:SHOWN_ROWS]]
     if len(shown) > SHOWN_ROWS:
         lines.append(f"… and {len(shown) - SHOWN_ROWS} more")
-    heading = "the worst case" if shown else "the worst case, within its limit"
-    return [*(Text(line, "red") for line in lines),
-            Text(f"{heading}, again:\n  {validation.command(worst)}")]  # fmt: skip
+    found: list[RenderableType] = [Text(line, "red") for line in lines]
+    worst = validation.worst
+    if worst is not None:
+        within = "" if validation.findings else ", within its limits"
+        found.append(Text(f"the worst case{within}, again:\n  {validation.command(worst)}"))
+    return found
 
 
 def _remarks(validation: Validation) -> list[RenderableType]:
-    limits = ", ".join(f"{op} {limit:g}" for op, limit in NMSE_LIMITS.items())
     counts = Counter(result.verdict for result in validation.results)
-    skip = "skips" if validation.skip else "does not skip"
-    parts = dict.fromkeys(f"{r.case.subject}: {r.part}" for r in validation.results if r.part)
+    skips = "skips" if validation.skips else "does not skip"
+    parts = dict.fromkeys(f"{r.case.subject}: {r.part}" for r in validation.results
+                          if r.part not in ("", "whole"))  # fmt: skip
     total = ", ".join(f"{n} {verdict}" for verdict, n in counts.items()) or "no case"
     return [
-        Text(f"{total}; ggml {validation.version} in {validation.library}, which {skip} "
+        Text(f"{total}; ggml {validation.version} in {validation.library}, which {skips} "
              "negative ids"),
-        Text(f"NMSE limits: {limits}; for one row {ROW_LIMIT:g}. The reference does not round "
-             "activations; CPU kernels round them to 8 bits, most of what is seen.", "dim"),
+        Text("The reference does not round activations; CPU kernels round them to 8 bits where "
+             "weights are quantized, most of what is seen.", "dim"),
         *(Text(f"not checked: {name} is not in this library", "yellow")
           for name in validation.missing),
         *(Text(note, "dim") for note in validation.notes),
-        Text("used: " + "; ".join(parts), "dim"),
+        *(Text(f"cut to fit into memory: {part}", "yellow") for part in parts),
     ]  # fmt: skip
 
 
@@ -103,13 +105,12 @@ def validation_json(validation: Validation) -> dict[str, Any]:
         "file": str(validation.file),
         "library": str(validation.library),
         "ggml_version": validation.version,
-        "skips_negative_ids": validation.skip,
+        "skips_negative_ids": validation.skips,
         "places": [{**vars(place), "name": place.name} for place in validation.places],
         "not_checked": list(validation.missing),
         "notes": list(validation.notes),
-        "limits": {**NMSE_LIMITS, "row": ROW_LIMIT},
         "checked": validation.checked,
-        "passed": validation.checked > 0 and not validation.findings,
+        "passed": validation.passed,
         "subjects": [vars(subject) for subject in validation.subjects],
         "worst": None if worst is None else {**_result_json(worst),
                                              "command": validation.command(worst)},
@@ -119,5 +120,6 @@ def validation_json(validation: Validation) -> dict[str, Any]:
 
 def _result_json(result: CaseResult) -> dict[str, Any]:
     return {**vars(result.case), "case": result.case.name, "verdict": result.verdict,
-            "nmse": result.nmse, "worst_row": result.row, "detail": result.detail,
-            "part": result.part}  # fmt: skip
+            "nmse": result.errors.nmse, "nmse_limit": result.limit,
+            "worst_value": result.errors.value, "bias": result.errors.bias,
+            "detail": result.detail, "part": result.part}  # fmt: skip

@@ -98,6 +98,7 @@ class Place:
     buffer: str
     backend: str  # CPU, CUDA, Metal, …
     description: str
+    skips: bool  # whether it can be told to skip negative ids
 
     @property
     def name(self) -> str:
@@ -139,9 +140,6 @@ class Ggml:
         self._functions = {name: self._function(name) for name in SIGNATURES}
         if self.call("ggml_backend_dev_count") == 0:  # backends are libraries of their own
             self.call("ggml_backend_load_all_from_path", str(folder).encode())
-        self.skip = self._symbol(SKIP_SETTER)
-        if self.skip is not None:
-            self.skip.argtypes, self.skip.restype = (P,), None
         self._places = dict(self._find_places())
         self._backends: dict[Pointer, Pointer] = {}
 
@@ -176,6 +174,11 @@ class Ggml:
     def buffer_type(self, place: Place) -> Pointer:
         return self._places[place][1]
 
+    def skip(self, place: Place, op: Pointer) -> None:
+        """Tells a MUL_MAT_ID of a place that `skips` to skip negative ids."""
+        registry = self.call("ggml_backend_dev_backend_reg", self.device(place))
+        self._procedure(registry, SKIP_SETTER, None, P)(op)
+
     def _find_places(self) -> Iterator[tuple[Place, tuple[Pointer, Pointer]]]:
         for index in range(self.call("ggml_backend_dev_count")):
             device = self.call("ggml_backend_dev_get", index)
@@ -185,9 +188,10 @@ class Ggml:
             text = self.call("ggml_backend_dev_description", device).decode()
             registry = self.call("ggml_backend_dev_backend_reg", device)
             backend = self.call("ggml_backend_reg_name", registry).decode()
+            skips = self._procedure(registry, SKIP_SETTER, None, P) is not None
             for buffer_type in self._buffer_types(device, registry):
                 buffer = self.call("ggml_backend_buft_name", buffer_type).decode()
-                yield Place(name, buffer, backend, text), (device, buffer_type)
+                yield Place(name, buffer, backend, text, skips), (device, buffer_type)
 
     def _buffer_types(self, device: Pointer, registry: Pointer) -> Iterator[Pointer]:
         yield self.call("ggml_backend_dev_buffer_type", device)
@@ -202,17 +206,17 @@ class Ggml:
         return ctypes.CFUNCTYPE(result, *arguments)(address) if address else None
 
     def backend(self, place: Place, threads: int) -> Pointer:
-        """The device's backend, started on the first call."""
+        """The device's backend, started on the first call; set to `threads` where it has any."""
         device = self.device(place)
         if device not in self._backends:
             backend = self.call("ggml_backend_dev_init", device, None)
             if not backend:
                 raise LlamaCppError(f"the device {place.device} cannot be started.")
-            registry = self.call("ggml_backend_dev_backend_reg", device)
-            limit = self._procedure(registry, "ggml_backend_set_n_threads", None, P, N)
-            if limit:
-                limit(backend, threads)
             self._backends[device] = backend
+        registry = self.call("ggml_backend_dev_backend_reg", device)
+        limit = self._procedure(registry, "ggml_backend_set_n_threads", None, P, N)
+        if limit:
+            limit(self._backends[device], threads)
         return self._backends[device]
 
     def knows(self, type_id: int, name: str) -> bool:
@@ -240,15 +244,17 @@ class Context:
         return int(self.ggml.call(f"ggml_{name}", self.pointer, *arguments))
 
     def allocate(self, buffer_type: Pointer, *, weights: bool = False) -> None:
-        """Memory for all tensors made so far; all of it NaN but for weights."""
+        """Memory for all tensors made so far."""
         allocate = "ggml_backend_alloc_ctx_tensors_from_buft"
         self._buffer = self.ggml.call(allocate, self.pointer, buffer_type)
         if not self._buffer:
             raise LlamaCppError("no memory for the tensors of the case.")
         if weights:
             self.ggml.call("ggml_backend_buffer_set_usage", self._buffer, USAGE_WEIGHTS)
-        else:
-            self.ggml.call("ggml_backend_buffer_clear", self._buffer, POISON)
+
+    def poison(self) -> None:
+        """Makes all of the memory NaN."""
+        self.ggml.call("ggml_backend_buffer_clear", self._buffer, POISON)
 
     def set(self, tensor: Pointer, data: npt.NDArray[Any]) -> None:
         """The whole tensor at once, as repacking buffers demand."""

@@ -9,7 +9,7 @@ their op there, or else into the device's own buffers. Everything else starts as
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from moequant.errors import LlamaCppError
 from moequant.validate.ggml import F32, I32, SORT_DESCENDING, Context, Ggml, Place, Pointer
-from moequant.validate.weights import DENSE, ROUTER, Branch, Stack, Weight
+from moequant.validate.weights import DENSE, ROUTER, SCALE, Branch, Stack, Weight
 
 SMALLEST_SUM = 6.103515625e-5
 PROBE_TOKENS = 2  # of the op that a device is asked about
@@ -34,11 +34,10 @@ class SkipMissingError(Exception):
 
 @dataclass(frozen=True)
 class Stored:
-    """Weights in a device's memory. `tensors` by weight name; `here`: how many lie at the place."""
+    """Weights in a device's memory, `tensors` by weight name."""
 
-    tensors: Mapping[str, Pointer]
-    contexts: Sequence[Context]
-    here: int
+    tensors: dict[str, Pointer]
+    contexts: list[Context]
 
     def free(self) -> None:
         for context in self.contexts:
@@ -46,48 +45,69 @@ class Stored:
 
 
 def store(ggml: Ggml, place: Place, weights: Sequence[Weight]) -> Stored:
-    """Puts `weights` into memory: matrices at `place` if their op is supported there."""
-    home = next(p for p in ggml.places if p.device == place.device)
-    tensors: dict[str, Pointer] = {}
-    contexts: list[Context] = []
-    here = 0
-    for weight in weights:
-        if not ggml.knows(weight.type_id, weight.qtype):
-            raise UnsupportedError(f"this library has no type {weight.qtype}")
-        matrix = len(weight.shape) > 1
-        for candidate in dict.fromkeys((place, home) if matrix else (home,)):
-            context = Context(ggml)
-            contexts.append(context)
-            tensor = context.tensor(weight.type_id, weight.shape)
-            context.allocate(ggml.buffer_type(candidate), weights=True)
-            if not matrix or _supported(ggml, candidate, tensor, weight.shape):
-                break
-        else:
-            raise UnsupportedError(f"{place.device} does not multiply by {weight.qtype} experts")
-        context.set(tensor, weight.data)
-        tensors[weight.name] = tensor
-        here += matrix and candidate == place
-    return Stored(tensors, contexts, here)
+    """Puts `weights` into memory: matrices at `place` if their op is supported there.
 
-
-def _supported(ggml: Ggml, place: Place, weight: Pointer, shape: tuple[int, ...]) -> bool:
-    context = Context(ggml)
+    Raises:
+        UnsupportedError: none is, or one is nowhere on the device; nothing is read then.
+    """
+    homes = [_home(ggml, place, weight) for weight in weights]
+    if place not in homes:
+        raise UnsupportedError(f"{place.buffer} takes no tensor of the case")
+    stored = Stored({}, [])
     try:
+        for weight, home in zip(weights, homes, strict=True):
+            stored.contexts.append(context := Context(ggml))
+            tensor = context.tensor(weight.type_id, weight.shape)
+            context.allocate(ggml.buffer_type(home), weights=True)
+            context.set(tensor, weight.data())
+            stored.tensors[weight.name] = tensor
+    except BaseException:
+        stored.free()
+        raise
+    return stored
+
+
+def _own(ggml: Ggml, place: Place) -> Place:
+    """The device's own buffers."""
+    return next(p for p in ggml.places if p.device == place.device)
+
+
+def _home(ggml: Ggml, place: Place, weight: Weight) -> Place:
+    """Where llama.cpp would put it: at `place`, or else into the device's own buffers."""
+    own = _own(ggml, place)
+    if not ggml.knows(weight.type_id, weight.qtype):
+        raise UnsupportedError(f"this library has no type {weight.qtype}")
+    if len(weight.shape) == 1:
+        return own
+    for candidate in dict.fromkeys((place, own)):
+        if _supported(ggml, candidate, weight):
+            return candidate
+    raise UnsupportedError(f"{place.device} does not multiply by {weight.qtype} experts")
+
+
+def _supported(ggml: Ggml, place: Place, weight: Weight) -> bool:
+    """Whether the device multiplies by such matrices in such a buffer; asked with two of them."""
+    shape = (min(2, weight.shape[0]), *weight.shape[1:]) if len(weight.shape) == 3 else weight.shape
+    weights, context = Context(ggml), Context(ggml)
+    try:
+        matrix = weights.tensor(weight.type_id, shape)
+        weights.allocate(ggml.buffer_type(place), weights=True)
         if len(shape) == 3:
             x = context.tensor(F32, (PROBE_TOKENS, 1, shape[-1]))
-            op = context.op("mul_mat_id", weight, x, context.tensor(I32, (PROBE_TOKENS, 1)))
+            op = context.op("mul_mat_id", matrix, x, context.tensor(I32, (PROBE_TOKENS, 1)))
         else:
-            op = context.op("mul_mat", weight, context.tensor(F32, (PROBE_TOKENS, shape[-1])))
+            op = context.op("mul_mat", matrix, context.tensor(F32, (PROBE_TOKENS, shape[-1])))
         return bool(ggml.call("ggml_backend_dev_supports_op", ggml.device(place), op))
     finally:
         context.free()
+        weights.free()
 
 
 class Graph:
-    """A graph with its inputs; built, then computed once."""
+    """A graph with its inputs; built, then computed as often as one likes."""
 
-    def __init__(self, ggml: Ggml, place: Place, threads: int) -> None:
-        self.ggml, self.place, self.threads = ggml, place, threads
+    def __init__(self, ggml: Ggml, place: Place) -> None:
+        self.ggml, self.place = ggml, place
         self.context = Context(ggml)
         self.pointer = ggml.call("ggml_new_graph", self.context.pointer)
         self._inputs: list[tuple[Pointer, npt.NDArray[Any]]] = []
@@ -102,38 +122,34 @@ class Graph:
 
     def mul_mat_id(self, weight: Pointer, x: Pointer, ids: Pointer, *, skip: bool) -> Pointer:
         op = self.context.op("mul_mat_id", weight, x, ids)
-        if skip and self.ggml.skip is None:
+        if skip and not self.place.skips:
             raise SkipMissingError
         if skip:
-            self.ggml.skip(op)
+            self.ggml.skip(self.place, op)
         return op
 
-    def compute(self) -> None:
-        """Runs the graph on its device, on buffers full of NaN."""
+    def allocate(self) -> None:
+        """Memory for the graph, once it is built.
+
+        Raises:
+            UnsupportedError: the device does not support an op.
+        """
         device = self.ggml.device(self.place)
         for index in range(self.ggml.call("ggml_graph_n_nodes", self.pointer)):
             node = self.ggml.call("ggml_graph_node", self.pointer, index)
             if not self.ggml.call("ggml_backend_dev_supports_op", device, node):
                 raise UnsupportedError(f"{self.place.device} does not support op {index + 1}")
-        home = next(p for p in self.ggml.places if p.device == self.place.device)
-        self.context.allocate(self.ggml.buffer_type(home))
+        self.context.allocate(self.ggml.buffer_type(_own(self.ggml, self.place)))
+
+    def compute(self, threads: int) -> None:
+        """Runs the graph on its device, on buffers full of NaN."""
+        self.context.poison()
         for tensor, values in self._inputs:
             self.context.set(tensor, values)
-        backend = self.ggml.backend(self.place, self.threads)
+        backend = self.ggml.backend(self.place, threads)
         status = self.ggml.call("ggml_backend_graph_compute", backend, self.pointer)
         if status != 0:
             raise LlamaCppError(f"the backend gave up with status {status}")
-
-
-def run_mul_mat_id(
-    graph: Graph, weight: Pointer, x: npt.NDArray[np.float32], ids: npt.NDArray[np.int32],
-    rows: int, *, skip: bool,
-) -> npt.NDArray[np.float32]:  # fmt: skip
-    """[tokens, slots, rows] of x [tokens, 1 or slots, in]."""
-    op = graph.mul_mat_id(weight, graph.input(x), graph.input(ids), skip=skip)
-    graph.expand(op)
-    graph.compute()
-    return graph.context.get(op, (*ids.shape, rows))
 
 
 class BranchGraph:
@@ -143,17 +159,16 @@ class BranchGraph:
         self.graph, self.branch, self.tensors, self.tokens = graph, branch, stored.tensors, tokens
         self.op = graph.context.op
 
-    def run(
+    def build(
         self, x: npt.NDArray[np.float32], bias: npt.NDArray[np.float32]
-    ) -> dict[str, npt.NDArray[np.float32]]:
+    ) -> dict[str, Pointer]:
         """The outputs by the names of `reference.branch_outputs`, [tokens, width] each."""
         given, added = self.graph.input(x), self.graph.input(bias)
         outputs = self._gemma4(given, added) if self.branch.family == "gemma4" else {
             "experts": self._qwen3moe(given, added)}  # fmt: skip
         for output in outputs.values():
             self.graph.expand(output)
-        self.graph.compute()
-        return {name: self.graph.context.get(output, x.shape) for name, output in outputs.items()}
+        return outputs
 
     def _tensor(self, name: str) -> Pointer:
         return self.tensors[self.branch.others[name].name]
@@ -200,8 +215,8 @@ class BranchGraph:
         x = self.op("reshape_3d", x, width, 1, tokens)
         gate, up = self._gate_and_up(x, ids)
         down = self._stack(self.branch.stacks["down"], self.op(glu, gate, up), ids)
-        if "ffn_down_exps.scale" in self.branch.others:
-            scale = self.op("reshape_3d", self._tensor("ffn_down_exps.scale"), 1, n, 1)
+        if SCALE in self.branch.others:
+            scale = self.op("reshape_3d", self._tensor(SCALE), 1, n, 1)
             scale = self.op("repeat_4d", scale, 1, n, tokens, 1)
             down = self.op("mul", down, self.op("get_rows", scale, ids))
         weighted = self.op("mul", down, gates)

@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,36 +23,42 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from moequant.errors import GGUFError, LlamaCppError, UsageError
+from moequant.errors import LlamaCppError, UsageError
 from moequant.expert_banks import has_banks, stock_error
 from moequant.gguf_file import GGUFFile, read_model
 from moequant.runtime.llama_cpp import ensure_built
 from moequant.validate.cases import (
     ABORTED,
+    ERROR,
     FAILED,
     FINDINGS,
     HUNG,
-    NMSE_LIMITS,
     NOT_CHECKED,
     OPS,
     PASSED,
     ROUTINGS,
+    SKIPPING,
     TOKENS,
     Case,
     CaseResult,
+    Errors,
     parse_case,
 )
 from moequant.validate.ggml import Place, library_folder
 from moequant.validate.weights import (
     FAMILIES,
     KINDS,
+    check,
     distinct_layers,
     distinct_tensors,
     expert_tensors,
+    moe_layers,
 )
 from moequant.validate.worker import WorkerOptions
 
 STARTUP = 120.0  # seconds until a process must have loaded the library
+PREPARE = 900.0  # until it has read a case's weights and made its reference
+MEMORY = 0.75  # GiB of weights of a case, unless told otherwise
 MOST_ENDS = 2  # aborts and hangs of one subject at one place, after which its rest is left out
 LOG_TAIL = 4  # lines of a dead process's log that tell why
 # a failed assertion starts a debugger otherwise; and threads that wait by spinning make a busy
@@ -79,7 +86,6 @@ class Validation:
     file: Path
     library: Path
     version: str
-    skip: bool
     places: tuple[Place, ...]
     subjects: tuple[Subject, ...]
     results: tuple[CaseResult, ...]
@@ -97,6 +103,17 @@ class Validation:
         return sum(result.verdict in (PASSED, *FINDINGS) for result in self.results)
 
     @property
+    def skips(self) -> bool:
+        """Whether any device of the library can skip negative ids."""
+        return any(place.skips for place in self.places)
+
+    @property
+    def passed(self) -> bool:
+        """All that was asked for was there, and what was checked is right."""
+        errors = any(result.verdict == ERROR for result in self.results)
+        return self.checked > 0 and not (self.findings or errors or self.missing)
+
+    @property
     def worst(self) -> CaseResult | None:
         """The case that hangs, or aborts, or is furthest from its limit; None without any."""
         told = [result for result in self.results if result.verdict in (PASSED, *FINDINGS)]
@@ -105,17 +122,25 @@ class Validation:
     def command(self, result: CaseResult) -> str:
         """What repeats exactly this case."""
         options = self.options
-        words = ["moequant", "validate", str(self.file), "--library", str(self.library),
-                 "--threads", str(options.threads)]  # fmt: skip
-        for name, value in (("--rows", options.rows), ("--experts", options.experts)):
-            words += [] if value is None else [name, str(value)]
+        words = [
+            "moequant",
+            "validate",
+            str(self.file),
+            "--library",
+            str(self.library),
+            "--threads",
+            str(options.threads),
+            "--memory",
+            f"{options.memory / 2**30:g}",
+        ]
+        words += [] if options.rows is None else ["--rows", str(options.rows)]
         return shlex.join([*words, "--case", result.case.name])
 
 
 def badness(result: CaseResult) -> tuple[int, float]:
     """For ordering results from good to bad."""
     severity = len(SEVERITY) - SEVERITY.index(result.verdict) if result.verdict in SEVERITY else 0
-    nmse = result.nmse / NMSE_LIMITS[result.case.op]
+    nmse = result.errors.nmse / result.limit
     return severity, nmse if nmse == nmse else float("inf")
 
 
@@ -133,7 +158,7 @@ def validate(
     backends: Sequence[str] = (),
     case: str | None = None,
     rows: int | None = None,
-    experts: int | None = None,
+    memory: float = MEMORY,
     threads: int | None = None,
     timeout: float = 60.0,
     progress: Progress = lambda *_: None,
@@ -142,16 +167,17 @@ def validate(
     """Runs all cases of the file's expert tensors, or only `case`, on the library's backends.
 
     `library` is a folder of shared libraries; by default the pinned build's, which is patched if
-    the file has expert banks. `backends` keeps the
-    devices, backends or buffer types of these names. `rows` and `experts` set how much of each
-    tensor is used (0: all); `timeout` is in seconds per case.
+    the file has expert banks. `backends` keeps the devices, backends or buffer types of these
+    names. `rows` of each expert are compared in MUL_MAT_ID (0: all). `memory`, in GiB, is how much
+    of a tensor or layer is used at once. `timeout` is in seconds for a case's computation.
 
     Raises:
-        GGUFError: the file is damaged or has no experts.
+        GGUFError: the file is damaged, has no experts, or lacks what their branch needs.
         UsageError: `case` is none, or none of this file; or expert banks and a stock `library`.
         LlamaCppError: there is no library, or it cannot be loaded.
     """
     file = read_model(path)
+    check(file)
     subjects = _subjects(file)
     only = None if case is None else _checked_case(case, file)
     banked = has_banks(file)
@@ -159,22 +185,20 @@ def validate(
         library = ensure_built(report=report, patched=banked, progress=progress).binaries
     folder = library_folder(library)
     options = WorkerOptions(str(path.absolute()), str(folder.absolute()),
-                            threads or available_threads(), rows, experts)  # fmt: skip
+                            threads or available_threads(), rows, int(memory * 2**30))  # fmt: skip
     with _Process(options) as process:
         hello = process.hello()
-        if banked and not hello["skip"]:
-            raise stock_error(path, folder)
         places = tuple(Place(**place) for place in hello["places"])
+        if banked and not any(place.skips for place in places):
+            raise stock_error(path, folder)
         chosen, missing = _choose(places, backends)
         cases = [only] if only else list(_cases(subjects, chosen))
         results = tuple(_run(process, cases, timeout, progress))
-    return Validation(path, folder, hello["version"], hello["skip"], places, subjects, results,
-                      missing, _notes(file, hello["skip"]), options)  # fmt: skip
+    return Validation(path, folder, hello["version"], places, subjects, results, missing,
+                      _notes(file, chosen), options)  # fmt: skip
 
 
 def _subjects(file: GGUFFile) -> tuple[Subject, ...]:
-    if not expert_tensors(file):
-        raise GGUFError(f"{file.path} has no expert tensors: there is nothing to validate.")
     tensors = [
         Subject("MUL_MAT_ID", t.name, f"{t.qtype} {'×'.join(map(str, t.shape))}")
         for t in distinct_tensors(file)
@@ -198,7 +222,7 @@ def _branch_types(file: GGUFFile, layer: int) -> str:
     return ", ".join(parts)
 
 
-def _notes(file: GGUFFile, skip: bool) -> tuple[str, ...]:
+def _notes(file: GGUFFile, places: Sequence[Place]) -> tuple[str, ...]:
     family = file.metadata.get("general.architecture")
     biased = any(name.endswith("_exps.bias") for name in file.tensors)
     notes = [
@@ -207,24 +231,18 @@ def _notes(file: GGUFFile, skip: bool) -> tuple[str, ...]:
     ]  # fmt: skip
     if family not in FAMILIES:
         notes.append(f"MOE_BRANCH: not checked, the branch of {family} is not known here")
-    if not skip:
-        notes.append("skipped slots: not applicable, this library does not skip negative ids")
+    for device in dict.fromkeys(place.device for place in places if not place.skips):
+        notes.append(f"skipped slots: not applicable, {device} does not skip negative ids here")
     return tuple(notes)
 
 
 def _checked_case(name: str, file: GGUFFile) -> Case:
     case = parse_case(name)
-    known = ([f"blk.{layer}" for layer in _moe_layers(file)] if case.op == OPS[1]
+    known = ([f"blk.{layer}" for layer in moe_layers(file)] if case.op == OPS[1]
              else list(expert_tensors(file)))  # fmt: skip
     if case.subject not in known:
         raise UsageError(f"{file.path} has no {case.subject} to run {case.op} on.")
     return case
-
-
-def _moe_layers(file: GGUFFile) -> list[int]:
-    if file.metadata.get("general.architecture") not in FAMILIES:
-        return []
-    return sorted({int(name.split(".")[1]) for name in expert_tensors(file)})
 
 
 def _choose(
@@ -243,13 +261,12 @@ def _choose(
 
 
 def _cases(subjects: Sequence[Subject], places: Sequence[Place]) -> Iterator[Case]:
-    """Places vary fastest: they share the reference."""
+    """Tokens and routings vary fastest: the weights stay where they are."""
     for subject in subjects:
-        for tokens in TOKENS:
-            for routing in ROUTINGS:
-                if subject.op == "MOE_BRANCH" and routing == "skipped":
-                    continue  # a router skips nothing
-                for place in places:
+        routings = [r for r in ROUTINGS if r not in SKIPPING or subject.op != "MOE_BRANCH"]
+        for place in places:
+            for tokens in TOKENS:
+                for routing in routings:
                     yield Case(subject.op, subject.name, place.name, tokens, routing)
 
 
@@ -298,26 +315,34 @@ class _Process:
         if line is None:
             raise LlamaCppError(
                 f"{self._options.library} could not be loaded within {STARTUP:.0f} s: "
-                f"{self._why(self._end())}"
+                f"{self._why(self._end())[1]}"
             )
         return self._data(line)
 
     def run(self, case: Case, timeout: float) -> CaseResult:
+        """What came of it; `timeout` is for the kernels, not for what they are held against."""
         if self._process is None:
             self.hello()
         assert self._process is not None and self._process.stdin is not None
+        started = False
         try:
             self._process.stdin.write(case.name + "\n")
             self._process.stdin.flush()
-            line = self._answer(timeout)
+            line = self._answer(PREPARE)
+            if started := line is not None and "ready" in self._data(line):
+                line = self._answer(timeout)
         except BrokenPipeError:
             line = None
         if line is not None:
-            return CaseResult(**{**self._data(line), "case": case})
+            data = self._data(line)
+            return CaseResult(**{**data, "case": case, "errors": Errors(**data["errors"])})
         code = self._end()
-        if code is None:
+        if code is None and started:
             return CaseResult(case, HUNG, detail=f"no answer within {timeout:g} s")
-        return CaseResult(case, ABORTED, detail=self._why(code))
+        if code is None:
+            return CaseResult(case, ERROR, detail=f"not ready within {PREPARE:g} s")
+        asserted, why = self._why(code)
+        return CaseResult(case, ABORTED if asserted or code < 0 else ERROR, detail=why)
 
     def _start(self) -> None:
         package = Path(__file__).resolve().parents[2]
@@ -371,16 +396,18 @@ class _Process:
             return False
         return True
 
-    def _why(self, code: int | None) -> str:
-        """The assertion's text, or else how the process ended and its last lines."""
+    def _why(self, code: int | None) -> tuple[bool, str]:
+        """(whether an assertion failed; its text, or how the process ended and its last lines)"""
         assert self._log is not None
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").strip().splitlines()
         asserted = [line for line in lines if "GGML_ASSERT" in line or "GGML_ABORT" in line]
         if asserted:
-            return asserted[-1]
+            return True, asserted[-1]
         ended = "it was killed" if code is None else f"exit code {code}"
-        return "; ".join([ended, *lines[-LOG_TAIL:]])
+        if code is not None and code < 0:
+            ended = signal.strsignal(-code) or f"signal {-code}"
+        return False, "; ".join([ended, *lines[-LOG_TAIL:]])
 
 
 def _read(process: subprocess.Popen[str], lines: "queue.SimpleQueue[str | None]") -> None:

@@ -1,82 +1,130 @@
-"""The tensors of a file that a case needs: which ones, which part of them, their bytes and values.
+"""The tensors of a file that a case needs: which ones, their bytes and their values.
 
-Owns: finding the distinct expert tensors and layers, and reading slices of them: experts and rows,
-and for a branch a slice of the experts' width. Leaves out: kernels.
+Owns: finding the distinct expert tensors and layers, checking that the file has what they need, and
+reading them: for the kernels whole, for the reference matrix by matrix. Leaves out: kernels.
 
-Slices are real rows of the file. A tensor's case has every expert and as many of its rows as are
-asked for, half from the start and half from the end. A branch's case has experts spread evenly,
-each with the first columns of its width, and the dense part's first columns likewise: what is left
-is a smaller MoE branch whose every number is the file's.
+Only what does not fit into memory is cut: a tensor's case then has fewer experts, spread evenly; a
+branch's case has all experts with the first columns of their width. Every number is the file's.
 """
 
 import math
 import re
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import gguf
 import numpy as np
 import numpy.typing as npt
 
+from moequant.errors import GGUFError, listing
 from moequant.expert_banks import ExpertBanks, read_banks
 from moequant.gguf_file import GGUFFile, GGUFTensor
 
-TENSOR_VALUES = 1 << 22  # of a tensor's case, unless told otherwise
-BRANCH_VALUES = 1 << 23  # of the experts of a branch's case
-LEAST_ROWS = 32
-ROW_STEP = 32  # what repacking and tiling kernels ask for divides this
-BRANCH_WIDTH = 256
-EXPERTS = re.compile(r"blk\.(\d+)\.ffn_(gate_up|gate|up|down)_exps(?:\.bank\d+)?\.weight")
+KNOWN_VALUES = 1 << 26  # decoded at once for a branch's reference
+STEP = 32  # of a cut width, besides whole blocks
+EXPERTS = re.compile(r"blk\.(\d+)\.(ffn_(gate_up|gate|up|down)_exps)(?:\.bank\d+)?\.weight")
 KINDS = ("gate_up", "gate", "up", "down")
 DENSE = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
-VECTORS = ("ffn_norm.weight", "post_ffw_norm_1.weight", "pre_ffw_norm_2.weight",
-           "post_ffw_norm_2.weight", "ffn_gate_inp.scale", "ffn_down_exps.scale")  # fmt: skip
 ROUTER = "ffn_gate_inp.weight"
+SCALE = "ffn_down_exps.scale"  # of each expert; optional
 FAMILIES = ("gemma4", "qwen3moe")  # whose branch is known
+VECTORS = {
+    "gemma4": ("ffn_gate_inp.scale", "pre_ffw_norm_2.weight", "post_ffw_norm_2.weight"),
+    "qwen3moe": ("ffn_norm.weight",),
+}
+DENSE_VECTORS = ("ffn_norm.weight", "post_ffw_norm_1.weight")  # needed where DENSE is there
+
+Index = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True)
 class Weight:
-    """Part of a tensor: `data` is uint8 [(experts,) rows, row bytes]."""
+    """A tensor of the file, or of a stack some matrices, some rows of each and the first columns.
 
+    `shape` is that of what is used.
+    """
+
+    file: GGUFFile
     name: str
-    qtype: str
-    data: npt.NDArray[np.uint8]
     shape: tuple[int, ...]
+    matrices: Index
+    rows: Index
+    _decoded: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict, compare=False)
+
+    @property
+    def qtype(self) -> str:
+        return self.file.tensors[self.name].qtype
 
     @property
     def type_id(self) -> int:
         return int(gguf.GGMLQuantizationType[self.qtype])
 
-    @cached_property
-    def values(self) -> npt.NDArray[np.float64]:
-        """By gguf-py's decoder; NotImplementedError for a type that it cannot decode."""
-        flat = self.data.reshape(-1, self.data.shape[-1])
-        decoded = gguf.quants.dequantize(flat, gguf.GGMLQuantizationType[self.qtype])
-        return np.asarray(decoded, np.float64).reshape(self.shape)
+    def data(self) -> npt.NDArray[np.uint8]:
+        """All that is used, [matrices, rows, row bytes]."""
+        if self.shape == self.file.tensors[self.name].shape:
+            return self.file.read(self.name)
+        return np.stack([self._matrix(matrix) for matrix in range(len(self.matrices))])
+
+    def values(self, matrix: int = 0) -> npt.NDArray[np.float32]:
+        """A matrix, decoded once and kept; NotImplementedError if gguf-py cannot decode it."""
+        if matrix not in self._decoded:
+            self._decoded[matrix] = self.decode(matrix)
+        return self._decoded[matrix]
+
+    def vector(self) -> npt.NDArray[np.float32]:
+        """The values of a tensor of one row."""
+        return np.asarray(self.values()[0])
+
+    def decode(self, matrix: int, rows: Index | None = None) -> npt.NDArray[np.float32]:
+        """`rows` of what is used of a matrix, by gguf-py's decoder."""
+        data = self._matrix(matrix)
+        data = np.ascontiguousarray(data if rows is None else data[rows])
+        return np.asarray(gguf.quants.dequantize(data, gguf.GGMLQuantizationType[self.qtype]))
+
+    def _matrix(self, matrix: int) -> npt.NDArray[np.uint8]:
+        tensor = self.file.tensors[self.name]
+        count, rows, columns = _dimensions(tensor)
+        size = tensor.nbytes // count
+        start = int(self.matrices[matrix]) * size
+        data = self.file.read(self.name, start, start + size).reshape(rows, -1)
+        return data[self.rows, : size // rows * self.shape[-1] // columns]
+
+
+def _dimensions(tensor: GGUFTensor) -> tuple[int, int, int]:
+    """(matrices, rows, columns)"""
+    matrices, rows, columns = (1, 1, *tensor.shape)[-3:]
+    return matrices, rows, columns
+
+
+def _whole(file: GGUFFile, name: str) -> Weight:
+    tensor = file.tensors[name]
+    matrices, rows, _ = _dimensions(tensor)
+    return Weight(file, name, tensor.shape, np.arange(matrices), np.arange(rows))
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The experts of one kind, in one tensor or in banks; `ids[b]` are the experts of bank b."""
+    """The experts of one kind, in one tensor or in banks; `table[b, e]` is e's matrix, or -1."""
 
     banks: tuple[Weight, ...]
-    ids: tuple[tuple[int, ...], ...]
+    table: npt.NDArray[np.int32]
 
-    def values(self, expert: int) -> npt.NDArray[np.float64]:
-        for bank, ids in zip(self.banks, self.ids, strict=True):
-            if expert in ids:
-                return np.asarray(bank.values[ids.index(expert)])
-        raise KeyError(expert)
+    def values(self, expert: int) -> npt.NDArray[np.float32]:
+        bank = int((self.table[:, expert] >= 0).argmax())
+        return self.banks[bank].values(int(self.table[bank, expert]))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A stack of experts, or one of its banks; `table[e]` is the matrix of the layer's expert e."""
+
+    weight: Weight
+    table: npt.NDArray[np.int32]
 
     @property
-    def table(self) -> npt.NDArray[np.int32]:
-        """The map from experts to matrices, [banks, experts], -1 where not in the bank."""
-        table = np.full((len(self.banks), sum(map(len, self.ids))), -1, np.int32)
-        for bank, ids in enumerate(self.ids):
-            table[bank, list(ids)] = range(len(ids))
-        return table
+    def part(self) -> str:
+        full, used = self.weight.file.tensors[self.weight.name].shape[0], self.weight.shape[0]
+        return "whole" if used == full else f"{used} of {full} experts: `--memory`"
 
 
 @dataclass(frozen=True)
@@ -92,6 +140,11 @@ class Branch:
     all_columns: int  # the experts' width in the file
 
     @property
+    def weights(self) -> list[Weight]:
+        return [*(bank for stack in self.stacks.values() for bank in stack.banks),
+                *self.others.values()]  # fmt: skip
+
+    @property
     def n_experts(self) -> int:
         return self.others[ROUTER].shape[0]
 
@@ -104,6 +157,18 @@ class Branch:
     def width(self) -> int:
         """Of the model: the length of a token's input."""
         return self.others[ROUTER].shape[1]
+
+    @property
+    def known(self) -> Index:
+        """The experts that the reference decodes: all, or as many as KNOWN_VALUES allow."""
+        count = max(self.k, KNOWN_VALUES // (3 * self.width * self.columns))
+        return _spread(self.n_experts, count)
+
+    @property
+    def part(self) -> str:
+        if self.columns == self.all_columns:
+            return "whole"
+        return f"{self.columns} of {self.all_columns} columns of the experts' width: `--memory`"
 
 
 def expert_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
@@ -124,13 +189,17 @@ def is_down(name: str) -> bool:
     return "ffn_down" in name
 
 
-def distinct_layers(file: GGUFFile) -> list[int]:
-    """The first MoE layer of each set of types and shapes; empty where the family is not known."""
+def moe_layers(file: GGUFFile) -> list[int]:
+    """The layers whose branch can be built; none where the family is not known."""
     if file.metadata.get("general.architecture") not in FAMILIES:
         return []
-    layers = sorted({int(m[1]) for name in file.tensors if (m := EXPERTS.fullmatch(name))})
+    return sorted({int(m[1]) for name in file.tensors if (m := EXPERTS.fullmatch(name))})
+
+
+def distinct_layers(file: GGUFFile) -> list[int]:
+    """The first MoE layer of each set of types and shapes."""
     found: dict[Hashable, int] = {}
-    for layer in layers:
+    for layer in moe_layers(file):
         found.setdefault(_layer_key(file, layer), layer)
     return list(found.values())
 
@@ -141,155 +210,172 @@ def _layer_key(file: GGUFFile, layer: int) -> Hashable:
     return tuple(sorted((t.name.removeprefix(prefix), t.qtype, t.shape) for t in own))
 
 
-def expert_counts(file: GGUFFile) -> tuple[int, int]:
-    """(experts, experts per token) by the file's keys; 0 where it has none."""
-    architecture = file.metadata.get("general.architecture")
-    counts = [file.metadata.get(f"{architecture}.expert{key}_count") for key in ("", "_used")]
-    first, second = (max(c) if isinstance(c, list) else int(c or 0) for c in counts)
-    return first, second
+def experts_used(file: GGUFFile) -> int:
+    """Experts per token by the file's key, the most where each layer has its own; `check` first."""
+    count = file.metadata[f"{file.metadata['general.architecture']}.expert_used_count"]
+    return max(count) if isinstance(count, list) else int(count)
 
 
-def read_tensor(file: GGUFFile, name: str, rows: int | None, experts: int | None) -> Weight:
-    """A stack, with all experts and as many rows as TENSOR_VALUES allow unless told; 0 is all."""
-    n_experts, n_rows, cols = file.tensors[name].shape
-    kept = _spread(n_experts, experts or n_experts)
-    if rows is None:
-        fit = max(LEAST_ROWS, TENSOR_VALUES // (len(kept) * cols))
-        rows = n_rows if fit >= n_rows else fit // ROW_STEP * ROW_STEP
-    return _read(file, name, kept, _both_ends(n_rows, rows or n_rows))
+def check(file: GGUFFile) -> None:
+    """Whether the file has all that its cases need.
+
+    Raises:
+        GGUFError: no experts; damaged expert banks; keys or tensors that are missing or do not fit.
+    """
+    if not expert_tensors(file):
+        raise GGUFError(f"{file.path} has no expert tensors: there is nothing to validate.")
+    banks = read_banks(file)
+    wrong = [*_faults_of_keys(file), *_faults_of_stacks(file, banks)]
+    for layer in () if wrong else moe_layers(file):
+        wrong += _faults_of_branch(file, banks, layer)
+    if wrong:
+        raise GGUFError(f"{file.path} cannot be validated:{listing(wrong)}")
 
 
-def read_branch(file: GGUFFile, layer: int, experts: int | None, width: int | None) -> Branch:
-    """The layer's branch, with as many experts as BRANCH_VALUES allow unless told; 0 is all."""
+def _faults_of_keys(file: GGUFFile) -> Iterator[str]:
+    family = file.metadata.get("general.architecture")
+    key = f"{family}.expert_used_count"
+    used = file.metadata.get(key)
+    counts = used if isinstance(used, list) and used else [used]
+    if any(type(count) is not int or count < 1 for count in counts):
+        yield f"{key} is {used!r:.80}, not a count of experts" if key in file.metadata else (
+            f"no key {key}")  # fmt: skip
+    if family not in FAMILIES:
+        return
+    numbers = {f"{family}.attention.layer_norm_rms_epsilon": None,
+               f"{family}.expert_weights_scale": 1.0}  # fmt: skip
+    for key, default in numbers.items():
+        value = file.metadata.get(key, default)
+        if value is None:
+            yield f"no key {key}"
+        elif type(value) not in (int, float) or not 0 <= value < math.inf:
+            yield f"{key} is {value!r:.80}, not a number of 0 or more"
+
+
+def _faults_of_stacks(file: GGUFFile, banks: Mapping[str, ExpertBanks]) -> Iterator[str]:
+    stacks: dict[str, ExpertBanks | GGUFTensor] = {**banks}
+    stacks |= {n: t for n, t in expert_tensors(file).items() if ".bank" not in n}
+    try:
+        k = experts_used(file)
+    except (KeyError, TypeError, ValueError):
+        k = 0  # told by _faults_of_keys
+    for name, stack in stacks.items():
+        if len(stack.shape) != 3 or 0 in stack.shape:
+            yield f"{name}: shape {list(stack.shape)}, expected [experts, rows, in]"
+        elif stack.shape[0] < k:
+            yield f"{name}: {stack.shape[0]} experts, but expert_used_count is {k}"
+
+
+def _faults_of_branch(
+    file: GGUFFile, banks: Mapping[str, ExpertBanks], layer: int
+) -> Iterator[str]:
+    """What the branch of a layer needs and is not there, or of another shape."""
+    prefix, family = f"blk.{layer}.", str(file.metadata["general.architecture"])
+    down = _stack(file, banks, f"{prefix}ffn_down_exps.weight")
+    router = file.tensors.get(prefix + ROUTER)
+    if down is None or router is None:
+        missing = ROUTER if router is None else "ffn_down_exps.weight"
+        yield f"{prefix}{missing}: missing"
+        return
+    experts, width, columns = down.shape
+    fused = _stack(file, banks, f"{prefix}ffn_gate_up_exps.weight") is not None
+    rows = {"gate_up": 2 * columns} if fused else {"gate": columns, "up": columns}
+    wanted: dict[str, tuple[int, ...]]
+    wanted = {f"ffn_{kind}_exps.weight": (experts, count, width) for kind, count in rows.items()}
+    wanted |= {ROUTER: (experts, width)} | dict.fromkeys(VECTORS[family], (width,))
+    if prefix + SCALE in file.tensors:
+        wanted[SCALE] = (experts,)
+    dense = file.tensors.get(prefix + DENSE[2]) if family == "gemma4" else None
+    if dense is not None:
+        inner = dense.shape[-1]
+        wanted |= dict.fromkeys(DENSE_VECTORS, (width,))
+        wanted |= {DENSE[0]: (inner, width), DENSE[1]: (inner, width), DENSE[2]: (width, inner)}
+    for name, shape in wanted.items():
+        found = _stack(file, banks, prefix + name)
+        if found is None:
+            yield f"{prefix}{name}: missing"
+        elif found.shape != shape:
+            yield f"{prefix}{name}: shape {list(found.shape)}, expected {list(shape)}"
+
+
+def _stack(
+    file: GGUFFile, banks: Mapping[str, ExpertBanks], name: str
+) -> ExpertBanks | GGUFTensor | None:
+    return banks.get(name) or file.tensors.get(name)
+
+
+def read_tensor(file: GGUFFile, name: str, memory: int) -> Tensor:
+    """A stack or a bank, all of it if that is no more than `memory` bytes."""
+    tensor = file.tensors[name]
+    count, rows, columns = tensor.shape
+    fit = max(experts_used(file), memory * count // tensor.nbytes)
+    matrices = _spread(count, fit)
+    weight = Weight(file, name, (len(matrices), rows, columns), matrices, np.arange(rows))
+    table = np.full(count, -1, np.int32)
+    table[matrices] = np.arange(len(matrices))
+    for banks in read_banks(file).values():
+        for bank, found in enumerate(banks.banks):
+            if found.name == name:
+                return Tensor(weight, _table(banks, bank, table))
+    return Tensor(weight, table[matrices])
+
+
+def _table(banks: ExpertBanks, bank: int, table: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Which of the used matrices of a bank each expert of the layer is, or -1."""
+    pairs = zip(banks.bank, banks.index, strict=True)
+    return np.array([table[index] if its == bank else -1 for its, index in pairs], np.int32)
+
+
+def read_branch(file: GGUFFile, layer: int, memory: int) -> Branch:
+    """The layer's branch, its experts' whole width if they are no more than `memory` bytes."""
     family = str(file.metadata["general.architecture"])
     prefix = f"blk.{layer}."
-    n_experts, n_embd = file.tensors[prefix + ROUTER].shape
-    k = expert_counts(file)[1]
     banks = read_banks(file)
-    down = (
-        banks.get(f"{prefix}ffn_down_exps.weight") or file.tensors[f"{prefix}ffn_down_exps.weight"]
-    )
-    n_ff = down.shape[-1]
-    columns = _columns(n_ff, width, _types(down))
-    if experts is None:
-        experts = max(2 * k, BRANCH_VALUES // (3 * n_embd * columns))
-    kept = _spread(n_experts, max(k, experts or n_experts))
-    stacks = {}
-    for kind in KINDS:
-        name = f"{prefix}ffn_{kind}_exps.weight"
-        if name in file.tensors or name in banks:
-            stacks[kind] = _read_stack(file, banks.get(name), name, kept, n_ff, columns)
-    others = {
-        name: _whole(file, prefix + name) for name in VECTORS if prefix + name in file.tensors
-    }
-    others[ROUTER] = _read_router(file, prefix + ROUTER, kept)
-    if "ffn_down_exps.scale" in others:
-        others["ffn_down_exps.scale"] = _take(others["ffn_down_exps.scale"], kept)
-    others |= _read_dense(file, prefix, width)
+    found = {kind: stack for kind in KINDS
+             if (stack := _stack(file, banks, f"{prefix}ffn_{kind}_exps.weight"))}  # fmt: skip
+    columns = _columns(found, memory)
+    stacks = {kind: _read_stack(file, stack, kind, columns) for kind, stack in found.items()}
+    names = [ROUTER, *VECTORS[family], *([SCALE] if prefix + SCALE in file.tensors else [])]
+    if family == "gemma4" and prefix + DENSE[2] in file.tensors:
+        names += [*DENSE_VECTORS, *DENSE]
+    others = {name: _whole(file, prefix + name) for name in names}
     eps = float(file.metadata[f"{family}.attention.layer_norm_rms_epsilon"])
     scale = float(file.metadata.get(f"{family}.expert_weights_scale") or 1.0)
-    return Branch(family, eps, k, 1.0 if family == "gemma4" else scale, stacks, others, n_ff)
+    return Branch(family, eps, experts_used(file), 1.0 if family == "gemma4" else scale, stacks,
+                  others, found["down"].shape[-1])  # fmt: skip
 
 
-def _types(stack: ExpertBanks | GGUFTensor) -> tuple[str, ...]:
-    return stack.qtypes if isinstance(stack, ExpertBanks) else (stack.qtype,)
-
-
-def _columns(full: int, asked: int | None, qtypes: tuple[str, ...]) -> int:
-    """How many of `full` columns: whole blocks of all types; all of them where asked is 0."""
-    wanted = BRANCH_WIDTH if asked is None else asked or full
+def _columns(found: Mapping[str, ExpertBanks | GGUFTensor], memory: int) -> int:
+    """How many of the experts' width fit: whole blocks of all types of `down`."""
+    down = found["down"]
+    full, nbytes = down.shape[-1], sum(stack.nbytes for stack in found.values())
+    if nbytes <= memory:
+        return full
+    qtypes = down.qtypes if isinstance(down, ExpertBanks) else (down.qtype,)
     sizes = [gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[qtype]][0] for qtype in qtypes]
-    step = math.lcm(*sizes, ROW_STEP)
-    fit = -(-wanted // step) * step
-    return full if fit >= full else fit
+    step = math.lcm(*sizes, STEP)
+    return min(full, max(step, full * memory // nbytes // step * step))
 
 
-def _spread(full: int, wanted: int) -> npt.NDArray[np.intp]:
+def _spread(full: int, wanted: int) -> Index:
     return np.linspace(0, full - 1, min(full, wanted)).round().astype(np.intp)
 
 
-def _both_ends(full: int, wanted: int) -> npt.NDArray[np.intp]:
-    head = min(wanted, full) - min(wanted, full) // 2
-    return np.asarray(np.r_[0:head, full - min(wanted, full) // 2 : full], np.intp)
-
-
-def _read(
-    file: GGUFFile, name: str, experts: npt.NDArray[np.intp], rows: npt.NDArray[np.intp]
-) -> Weight:
-    tensor = file.tensors[name]
-    _, n_rows, cols = tensor.shape
-    row_bytes = tensor.nbytes // (tensor.shape[0] * n_rows)
-    per_expert = n_rows * row_bytes
-    data = np.stack([
-        file.read(name, e * per_expert, (e + 1) * per_expert).reshape(n_rows, row_bytes)[rows]
-        for e in map(int, experts)
-    ])  # fmt: skip
-    return Weight(name, tensor.qtype, data, (len(experts), len(rows), cols))
-
-
-def _read_stack(
-    file: GGUFFile,
-    banks: ExpertBanks | None,
-    name: str,
-    kept: npt.NDArray[np.intp],
-    n_ff: int,
-    columns: int,
-) -> Stack:
-    rows = np.arange(file.tensors[name].shape[1] if banks is None else banks.shape[1])
-    if name.endswith("gate_up_exps.weight"):
-        rows = np.r_[0:columns, n_ff : n_ff + columns]
-    elif not is_down(name):
-        rows = rows[:columns]
-    members: dict[str, list[tuple[int, int]]] = {}  # tensor → (position in kept, index in it)
-    for position, expert in enumerate(map(int, kept)):
-        tensor, index = (name, expert) if banks is None else _place(banks, expert)
-        members.setdefault(tensor, []).append((position, index))
-    weights = [_read(file, tensor, np.array([i for _, i in own]), rows)
-               for tensor, own in members.items()]  # fmt: skip
-    if is_down(name):
-        weights = [_cut(weight, columns) for weight in weights]
-    ids = tuple(tuple(position for position, _ in own) for own in members.values())
-    return Stack(tuple(weights), ids)
-
-
-def _place(banks: ExpertBanks, expert: int) -> tuple[str, int]:
-    tensor, index = banks.place(expert)
-    return tensor.name, index
-
-
-def _cut(weight: Weight, columns: int) -> Weight:
-    """The first columns, whole blocks of them."""
-    nbytes = weight.data.shape[-1] * columns // weight.shape[-1]
-    shape = (*weight.shape[:-1], columns)
-    return Weight(weight.name, weight.qtype, np.ascontiguousarray(weight.data[..., :nbytes]), shape)
-
-
-def _take(weight: Weight, kept: npt.NDArray[np.intp]) -> Weight:
-    """Values `kept` of a vector of float32."""
-    values = weight.data.view(np.float32)[kept]
-    return Weight(weight.name, weight.qtype, values.view(np.uint8), (len(kept),))
-
-
-def _whole(file: GGUFFile, name: str) -> Weight:
-    tensor = file.tensors[name]
-    rows = math.prod(tensor.shape[:-1])
-    data = file.read(name)
-    return Weight(name, tensor.qtype, data.reshape(rows, -1) if rows > 1 else data, tensor.shape)
-
-
-def _read_router(file: GGUFFile, name: str, kept: npt.NDArray[np.intp]) -> Weight:
-    whole = _whole(file, name)
-    return Weight(name, whole.qtype, whole.data[kept], (len(kept), whole.shape[1]))
-
-
-def _read_dense(file: GGUFFile, prefix: str, width: int | None) -> dict[str, Weight]:
-    """The dense branch beside the experts, where there is one."""
-    gate, up, down = (prefix + name for name in DENSE)
-    if down not in file.tensors:
-        return {}
-    columns = _columns(file.tensors[down].shape[1], width, (file.tensors[down].qtype,))
-    cut = {DENSE[2]: _cut(_whole(file, down), columns)}
-    for short, name in zip(DENSE, (gate, up), strict=False):
-        whole = _whole(file, name)
-        cut[short] = Weight(name, whole.qtype, whole.data[:columns], (columns, whole.shape[1]))
-    return cut
+def _read_stack(file: GGUFFile, stack: ExpertBanks | GGUFTensor, kind: str, columns: int) -> Stack:
+    """`columns` of the experts' width: rows of gate and up, columns of down."""
+    experts, rows, width = stack.shape
+    if kind == "gate_up":
+        kept = np.r_[0:columns, rows // 2 : rows // 2 + columns]
+    else:
+        kept = np.arange(rows if kind == "down" else columns)
+    width = columns if kind == "down" else width
+    banks = stack.banks if isinstance(stack, ExpertBanks) else (stack,)
+    weights = tuple(
+        Weight(file, bank.name, (bank.shape[0], len(kept), width), np.arange(bank.shape[0]), kept)
+        for bank in banks
+    )
+    if not isinstance(stack, ExpertBanks):
+        return Stack(weights, np.arange(experts, dtype=np.int32)[None])
+    tables = [_table(stack, bank, np.arange(tensor.shape[0], dtype=np.int32))
+              for bank, tensor in enumerate(banks)]  # fmt: skip
+    return Stack(weights, np.stack(tables))
