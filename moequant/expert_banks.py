@@ -7,9 +7,9 @@ In place of `blk.N.ffn_K_exps.weight` (experts, rows, in), for K in gate_up, gat
 - `blk.N.ffn_K_exps.bank{b}.weight`, (n_b, rows, in), b = 0, 1, … without a gap, at most 8
 - `blk.N.ffn_K_exps.bank_map`, I32 (banks, experts): the expert's index in the bank, or -1
 
-Each expert is in exactly one bank and each matrix of a bank is one expert's. The keys
-`{arch}.expert_bank_version` (1) and `{arch}.expert_bank_count` (the largest number of banks of any
-tensor) say that a file has banks.
+Each expert is in exactly one bank and each matrix of a bank is one expert's; no bank is empty. The
+keys `{arch}.expert_bank_version` (1) and `{arch}.expert_bank_count` (the largest number of banks of
+any tensor) say that a file has banks.
 """
 
 import re
@@ -29,6 +29,7 @@ MAX_BANKS = 8
 VERSION_KEY = "expert_bank_version"  # after `{arch}.`
 COUNT_KEY = "expert_bank_count"
 KINDS = ("gate_up", "gate", "up", "down")
+NO_WEIGHTS = ("I8", "I16", "I32", "I64", "F64")  # types that llama.cpp refuses for a bank
 NOT_HERE = -1
 _PART = re.compile(
     rf"(blk\.\d+\.ffn_(?:{'|'.join(KINDS)})_exps)\.(?:bank(0|[1-9]\d*)\.weight|(bank_map))"
@@ -191,9 +192,12 @@ def _faults_of_shapes(file: GGUFFile, name: str, found: Mapping[int, GGUFTensor]
 
 
 def _faults_of_banks(banks: list[GGUFTensor], n_experts: int) -> Iterator[str]:
-    flat = [bank for bank in banks if len(bank.shape) != 3]
+    flat = [bank for bank in banks if len(bank.shape) != 3 or 0 in bank.shape]
     for bank in flat:
-        yield f"{bank.name}: shape {list(bank.shape)}, expected [experts, rows, in]"
+        yield f"{bank.name}: shape {list(bank.shape)}, expected [experts, rows, in], none 0"
+    for bank in banks:
+        if bank.qtype in NO_WEIGHTS:
+            yield f"{bank.name}: {bank.qtype}, expected a float of at most 32 bits or quantized"
     if flat or not banks:
         return
     for bank in banks[1:]:

@@ -1,12 +1,12 @@
 """What a checkpoint, a GGUF file or an imatrix holds, as plain data that prints or becomes JSON.
 
 Owns: the summary and its tables. Leaves out: reading (checkpoint, gguf_file, calibrate) and
-printing. No weight is read; a summary costs headers only.
+printing. No weight is read; a summary costs headers and the maps of expert banks.
 """
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from math import isfinite, prod
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from moequant.calibrate import Imatrix
 from moequant.checkpoint import open_checkpoint
 from moequant.checkpoint.hub import looks_like_path
 from moequant.errors import GGUFError, UsageError
+from moequant.expert_banks import read_banks
 from moequant.gguf_file import GGUFFile, is_gguf, read_model
 from moequant.parameters import Parameters, count_parameters, is_expert
 from moequant.plan import role_of
@@ -54,6 +55,7 @@ class Inspection:
     thin_experts: list[str]
     left_out: list[str]
     metadata: dict[str, Any] = field(default_factory=dict)
+    damage: str = ""  # of a GGUF file's expert banks: what is wrong with them
 
     @property
     def nbytes(self) -> int:
@@ -93,8 +95,16 @@ def inspect(source: str) -> Inspection:
         file = read_model(path)
         if file.metadata.get("general.type") == "imatrix":
             return _imatrix(path, file)
-        return _model_file(path, file)
+        return replace(_model_file(path, file), damage=_damage(file))
     return _checkpoint(source)
+
+
+def _damage(file: GGUFFile) -> str:
+    try:
+        read_banks(file)
+    except GGUFError as error:
+        return str(error)
+    return ""
 
 
 def _is_file(path: Path, source: str) -> bool:

@@ -1,5 +1,6 @@
 """Expert banks: every expert is found where gguf-py wrote it, and damaged maps are named."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from moequant.runtime.llama_cpp import LlamaCpp
 from moequant.runtime.perplexity_tool import run_perplexity
 from tests.banked_files import I32, Q8_0, banked
 from tests.checkpoints import TEXT, make_checkpoint
+from tests.command_line import run
 from tests.gguf_files import rewrite
 
 STACK = "blk.1.ffn_down_exps.weight"
@@ -66,12 +68,14 @@ def test_a_file_without_banks_has_none(whole: Path) -> None:
     assert read_banks(read_gguf(whole)) == {}
 
 
-def _edit(name: str, change: Callable[[np.ndarray], Any]) -> Callable[[Tensors], None]:
+def _edit(
+    name: str, change: Callable[[np.ndarray], Any], becomes: Any = None
+) -> Callable[[Tensors], None]:
     def changed(tensors: Tensors) -> None:
         values, qtype = tensors[name]
         values = values.copy()
         made = change(values)
-        tensors[name] = (values if made is None else made, qtype)
+        tensors[name] = (values if made is None else made, qtype if becomes is None else becomes)
 
     return changed
 
@@ -124,6 +128,14 @@ DAMAGE: dict[str, tuple[Callable[[Tensors], None], list[str]]] = {
     "shapes": (
         _edit(FIRST, lambda values: values[:, :200]),
         [rf"{SECOND}: matrices of \[256, 96\], \[200, 96\] in {FIRST}"],
+    ),
+    "a bank of integers": (
+        _edit(FIRST, lambda values: values.astype(np.int32), I32),
+        [f"{FIRST}: I32, expected a float"],
+    ),
+    "an empty bank": (
+        _edit(FIRST, lambda values: values[:0]),
+        [rf"{FIRST}: shape \[0, 256, 96\], expected"],
     ),
     "a flat bank": (_edit(FIRST, lambda values: values[0]), [rf"{FIRST}: shape \[256, 96\]"]),
 }
@@ -185,6 +197,20 @@ def test_inspect_counts_the_same_parameters(whole: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.llama_cpp
+def test_inspect_shows_a_damaged_file_and_says_so(whole: Path, tmp_path: Path) -> None:
+    banked(whole, tmp_path / "banked.gguf", change=_put(0, 4, -1))
+    result = run("inspect", tmp_path / "banked.gguf")
+    assert result.exit_code == 1
+    assert "bits per weight" in result.stdout
+    assert f"{MAP}: expert 4 is in 0 banks" in result.stderr
+    result = run("inspect", tmp_path / "banked.gguf", "--json")
+    assert result.exit_code == 1
+    assert "expert 4 is in 0 banks" in json.loads(result.stdout)["damage"]
+    banked(whole, tmp_path / "right.gguf")
+    result = run("inspect", tmp_path / "right.gguf", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["damage"]) == (0, "")
+
+
 def test_stock_llama_cpp_refuses_banks(llama_cpp: LlamaCpp, whole: Path, tmp_path: Path) -> None:
     """Before it computes anything, and naming the tensor that it misses."""
     banked(whole, tmp_path / "banked.gguf", (None, None))
