@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import tempfile
 import time
@@ -177,7 +178,9 @@ def _commands(tree: SourceTree, compiler: _Compiler, report: Report) -> dict[str
 
 def _configure(source: Path, options: Sequence[str], folder: Path, report: Report) -> None:
     cmake, ninja = cmake_and_ninja()
-    folder.mkdir(exist_ok=True)
+    if folder.exists():  # of a call that failed: cmake would go by what it remembers of that
+        shutil.rmtree(folder)
+    folder.mkdir()
     log = folder / "configure.log"
     report(f"asking llama.cpp's cmake for its commands (log: {log})")
     placeholder = folder / "not-linked"

@@ -231,11 +231,13 @@ def test_a_cmake_that_fails_leaves_nothing_to_go_by(tiny: Tiny) -> None:
     check_cuda(files=["a.cu"])
     for folder in tiny.tree.folder.glob("cuda-check-*/"):
         shutil.rmtree(folder)
-    path.write_text(_CMAKE.replace("NOT EXISTS", "EXISTS"))
+    fails = _CMAKE.replace("NOT EXISTS", "EXISTS")
+    path.write_text(fails.replace("  message(", "  set(FOUND no CACHE INTERNAL x)\n  message("))
     message = "(?s)cmake -S .*failed with 1:.*CUDA::cublas.*cuBLAS's development files are not"
     with pytest.raises(LlamaCppError, match=message):
         check_cuda()
-    path.write_text(_CMAKE)
+    remembers = 'if(DEFINED FOUND)\n  message(FATAL_ERROR "remembered")\nendif()\n'
+    path.write_text(_CMAKE + remembers)
     assert len(check_cuda()) == 4
 
 
