@@ -17,6 +17,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -43,6 +44,10 @@ CUDA_OPTION = "-DGGML_CUDA=ON"
 # compiles for its own list of architectures (and, for the CPU, for AVX2 and not for this machine)
 NO_GPU_OPTION = "-DGGML_NATIVE=OFF"
 CUDA_ROOT = "/usr/local/cuda"  # where NVIDIA's installers put it
+# what nvcc and cmake take options and the host compiler from, beside the command line
+NVCC_VARIABLES = (
+    "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN", "CUDAFLAGS", "CUDAHOSTCXX"
+)  # fmt: skip
 # what cmake says where a part of the toolkit is not installed: what to do
 _CUDA_PARTS = {
     "CUDA::cublas": "cuBLAS's development files are not installed beside nvcc; they come with "
@@ -226,6 +231,42 @@ def find_nvcc() -> str:
         raise LlamaCppError(f"compiling for CUDA needs nvcc, and {where}: install NVIDIA's CUDA "
                             "toolkit, or set CUDACXX to its nvcc.")  # fmt: skip
     return nvcc
+
+
+def run_nvcc(nvcc: str, *arguments: str) -> str:
+    """What nvcc prints to stdout.
+
+    Raises:
+        LlamaCppError: it cannot be executed, or failed: the last lines it printed.
+    """
+    try:
+        result = subprocess.run([nvcc, *arguments], capture_output=True, text=True,
+                                encoding="utf-8", errors="replace", check=False)  # fmt: skip
+    except OSError as error:
+        raise LlamaCppError(f"{nvcc} cannot be executed ({error.strerror}): set CUDACXX to an nvcc "
+                            "of this machine.") from error  # fmt: skip
+    if result.returncode != 0:
+        last = "\n".join((result.stderr or result.stdout).strip().splitlines()[-LOG_TAIL:])
+        given = [f"{name}={os.environ[name]}" for name in NVCC_VARIABLES if name in os.environ]
+        raise LlamaCppError(f"`{nvcc} {arguments[0]} …` failed with {result.returncode}:\n"
+                            f"{last}\nSet CUDACXX to an nvcc that works here, and CUDAHOSTCXX to a "
+                            "C++ compiler that it takes; set now: "
+                            f"{', '.join(given) or 'no variable of nvcc'}.")  # fmt: skip
+    return result.stdout
+
+
+def preprocessed(nvcc: str, text: str) -> str:
+    """The last line that nvcc and its host compiler make of a CUDA file with this text.
+
+    Raises:
+        LlamaCppError: they make nothing of it; see `run_nvcc`.
+    """
+    host = os.environ.get("CUDAHOSTCXX")  # of cmake: nvcc itself does not read it
+    with tempfile.TemporaryDirectory(prefix="moequant-nvcc-") as temporary:
+        path = Path(temporary) / "probe.cu"
+        path.write_text(text, "utf-8")
+        out = run_nvcc(nvcc, "-E", *(("-ccbin", host) if host else ()), str(path))
+    return out.rstrip().rpartition("\n")[2]
 
 
 def gpu_is_there() -> bool:

@@ -4,12 +4,12 @@ Owns: fetching them once, from NVIDIA's package on PyPI into the user's cache. L
 itself, which only linking and running need: of the package nothing but the headers is kept.
 """
 
-import subprocess
 import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
 from moequant.errors import LlamaCppError
+from moequant.runtime.build import preprocessed
 from moequant.runtime.fetch import check_space, locked, pip_download
 from moequant.runtime.pin import Report, cache_directory
 
@@ -26,7 +26,8 @@ def cublas_headers(nvcc: str, cuda: int, report: Report) -> Path | None:
     """The folder of `cublas_v2.h` for this nvcc of CUDA version `cuda`; None if it has its own.
 
     Raises:
-        LlamaCppError: another CUDA than the package's, or the package could not be fetched.
+        LlamaCppError: nvcc does not work, it is of another CUDA than the package, or the package
+            could not be fetched.
     """
     if _has_own(nvcc):
         return None
@@ -48,11 +49,8 @@ def cublas_headers(nvcc: str, cuda: int, report: Report) -> Path | None:
 
 
 def _has_own(nvcc: str) -> bool:
-    with tempfile.TemporaryDirectory() as temporary:
-        probe = Path(temporary) / "probe.cu"
-        probe.write_text(f"#include <{HEADER}>\n", "utf-8")
-        command = [nvcc, "-E", str(probe), "-o", str(probe.with_suffix(".ii"))]
-        return subprocess.run(command, capture_output=True, check=False).returncode == 0
+    # not by failing to include it: an nvcc that fails at everything would seem to be without
+    return preprocessed(nvcc, f"#if __has_include(<{HEADER}>)\nfound\n#endif\n") == "found"
 
 
 def _fetch(folder: Path, report: Report) -> None:

@@ -13,10 +13,10 @@ the same for all, is compiled with the first.
 
 import hashlib
 import json
+import os
 import re
 import shlex
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -27,10 +27,13 @@ from moequant.errors import LlamaCppError, UsageError, listing
 from moequant.files import replacing
 from moequant.runtime.build import (
     NO_GPU_OPTION,
+    NVCC_VARIABLES,
     check_run,
     cmake_and_ninja,
     find_nvcc,
+    preprocessed,
     run_logged,
+    run_nvcc,
     silent,
     tail,
 )
@@ -74,7 +77,10 @@ class _Step:
 
 @dataclass(frozen=True)
 class _Compiler:
-    """nvcc, what it says of its version, and cuBLAS's headers where it has none of its own."""
+    """nvcc, what decides its output beside the command, and cuBLAS's headers where it has none.
+
+    `version` is what nvcc says of itself, the host compiler's version, and their variables.
+    """
 
     nvcc: str
     version: str
@@ -146,14 +152,15 @@ def _compiled_by_default(
 
 def _compiler(headers: Path | None, report: Report) -> _Compiler:
     nvcc = find_nvcc()
-    result = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False)
-    release = _RELEASE.search(result.stdout)
-    if result.returncode != 0 or release is None:
-        raise LlamaCppError(f"`{nvcc} --version` ended with {result.returncode} and names no CUDA "
-                            f"release: {(result.stderr or result.stdout).strip()!r}")  # fmt: skip
+    version = run_nvcc(nvcc, "--version")
+    release = _RELEASE.search(version)
+    if release is None:
+        raise LlamaCppError(f"`{nvcc} --version` names no CUDA release: {version.strip()!r}")
+    host = preprocessed(nvcc, "__VERSION__ _MSC_FULL_VER\n")  # the second: cl has no first
+    variables = [f"{name}={os.environ.get(name, '')}" for name in NVCC_VARIABLES]
     if headers is None:
         headers = cublas_headers(nvcc, int(release[1]), report)
-    return _Compiler(nvcc, result.stdout, headers)
+    return _Compiler(nvcc, "\0".join([version, host, *variables]), headers)
 
 
 def _commands(tree: SourceTree, compiler: _Compiler, report: Report) -> dict[str, str]:

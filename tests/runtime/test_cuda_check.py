@@ -5,6 +5,7 @@ Most tests have a stub for nvcc, and a tiny project whose cmake writes commands 
 
 import hashlib
 import json
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -20,7 +21,7 @@ from tests.command_line import run
 
 _NVCC = """#!/bin/sh
 if [ "$1" = --version ]; then cat "$0.version"; exit; fi
-[ "$1" = -E ] && exit 1  # no cuBLAS here
+if [ "$1" = -E ]; then cat "$0.host"; exit; fi
 echo "$@" >> "$0.calls"
 while [ $# -gt 1 ]; do
   case "$1" in *.cu) source=$1;; -o) output=$2;; esac
@@ -46,6 +47,7 @@ list(JOIN commands "," commands)
 file(WRITE ${CMAKE_BINARY_DIR}/compile_commands.json "[${commands}]")
 """
 _VERSION = "Cuda compilation tools, release 13.0, V13.0.88\n"
+_HOST = '# 1 "probe.cu"\n"12.2.0" _MSC_FULL_VER\n'
 # of cuBLAS, what the header does that every CUDA file includes
 _CUBLAS = """#pragma once
 #define CUBLAS_VER_MAJOR 13
@@ -80,6 +82,7 @@ class Tiny:
         self.nvcc.write_text(_NVCC)
         self.nvcc.chmod(0o755)
         self.version(_VERSION)
+        self.host(_HOST)
         monkeypatch.setenv("CUDACXX", str(self.nvcc))
         self.headers = folder / "headers"
         self.headers.mkdir()
@@ -88,6 +91,10 @@ class Tiny:
 
     def version(self, text: str) -> None:
         self.nvcc.with_suffix(".version").write_text(text)
+
+    def host(self, text: str) -> None:
+        """What the host compiler makes of the file that asks for its version."""
+        self.nvcc.with_suffix(".host").write_text(text)
 
     def write(self, name: str, text: str) -> None:
         (self.tree.source / CUDA_FOLDER / name).write_text(text)
@@ -164,6 +171,21 @@ def test_a_second_call_compiles_nothing_and_a_change_what_it_concerns(tiny: Tiny
         assert tiny.compiled() == ALL
 
 
+@pytest.mark.parametrize("changed", ["host", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS",
+                                     "NVCC_CCBIN", "CUDAFLAGS", "CUDAHOSTCXX"])  # fmt: skip
+def test_another_host_compiler_or_variable_asks_cmake_and_compiles_again(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    check_cuda(files=["b.cu"], architectures=["86"])
+    if changed == "host":
+        tiny.host(_HOST.replace("12.2.0", "13.1.0"))
+    else:
+        monkeypatch.setenv(changed, "another")
+    lines: list[str] = []
+    (one,) = check_cuda(lines.append, files=["b.cu"], architectures=["86"])
+    assert not one.kept and "asking llama.cpp's cmake" in lines[0]
+
+
 def test_a_damaged_record_is_compiled_again(tiny: Tiny, tmp_path: Path) -> None:
     check_cuda(files=["b.cu"], architectures=["86"])
     (record,) = (tmp_path / "cache" / "llama.cpp" / "cuda-check").glob("*.json")
@@ -213,6 +235,10 @@ def test_without_nvcc_or_with_something_else_of_that_name(
     tiny.version("no such thing\n")
     result = run("runtime", "cuda-check")
     assert result.exit_code == 1 and "names no CUDA release: 'no such thing'" in result.stderr
+    tiny.nvcc.write_bytes(b"\x7fELF of another machine")
+    result = run("runtime", "cuda-check")
+    assert result.exit_code == 1 and len(result.stderr.splitlines()) == 1
+    assert f"{tiny.nvcc} cannot be executed (Exec format error): set CUDACXX" in result.stderr
     monkeypatch.setenv("CUDACXX", str(tmp_path / "none"))
     message = f"needs nvcc, and CUDACXX is {tmp_path}/none, which is no program"
     assert message in run("runtime", "cuda-check").stderr
@@ -262,7 +288,7 @@ class Index:
         monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
         monkeypatch.setattr(cublas, "WHEEL_BYTES", 0)
         self.nvcc = folder / "nvcc"
-        self.nvcc.write_text(_NVCC)
+        self.nvcc.write_text("#!/bin/sh\n")  # of the file that asks for them, nothing is left
         self.nvcc.chmod(0o755)
 
 
@@ -293,8 +319,38 @@ def test_another_package_than_the_pinned_is_refused(index: Index) -> None:
 
 
 def test_headers_of_the_toolkit_are_preferred(index: Index) -> None:
-    index.nvcc.write_text("#!/bin/sh\nexit 0\n")
+    index.nvcc.write_text("#!/bin/sh\necho found\n")
     assert cublas.cublas_headers(str(index.nvcc), 12, lambda _: None) is None
+
+
+def test_an_nvcc_that_fails_is_not_one_without_headers(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index.nvcc.write_text("#!/bin/sh\necho g++: No such file or directory >&2\nexit 3\n")
+    for name in build.NVCC_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NVCC_CCBIN", "g++")
+    message = r"(?s)nvcc -E …` failed with 3:\ng\+\+: No such file.*set now: NVCC_CCBIN=g\+\+"
+    for cuda in (12, 13):
+        with pytest.raises(LlamaCppError, match=message):
+            cublas.cublas_headers(str(index.nvcc), cuda, lambda _: None)
+
+
+def test_nvcc_itself_is_asked_for_headers_and_host_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        nvcc = build.find_nvcc()
+    except LlamaCppError as error:
+        pytest.skip(f"nvcc was not asked: {error}")
+    assert build.preprocessed(nvcc, "#if __has_include(<cublas_v3.h>)\nfound\n#endif\n") != "found"
+    assert re.match(r'"[^"]*\d+\.', build.preprocessed(nvcc, "__VERSION__\n"))
+    (tmp_path / "cublas_v2.h").write_text(_CUBLAS)
+    monkeypatch.setenv("NVCC_APPEND_FLAGS", f"-I{tmp_path}")
+    assert cublas.cublas_headers(nvcc, 12, lambda _: None) is None
+    monkeypatch.setenv("CUDAHOSTCXX", f"{tmp_path}/g++")
+    with pytest.raises(LlamaCppError, match=f"(?s)failed with .*CUDAHOSTCXX={tmp_path}"):
+        cublas.cublas_headers(nvcc, 12, lambda _: None)
 
 
 def test_mmid_compiles_with_nvcc_for_one_architecture(
