@@ -30,8 +30,12 @@ COPIED = ("mmid.cu", "quantize.cu", "mmvq.cu", "mmvf.cu", "mmq.cu", "getrows.cu"
 OWN = ("emulation.cpp", "harness.cpp")
 # the block of mul_mat_vec_f has this many threads: those for 64, 128 and 512 or more columns
 VECTOR_BLOCKS = ("32", "64", "256")
-# the op's dispatch, which chooses the kernels and clears the rows that they do not write
+# the op's dispatch, which chooses the kernels and clears the rows that they do not write; and what
+# decides whether the op may be fused with others
 OP = """
+#include <algorithm>
+#include <array>
+
 #include "common.cuh"
 #include "getrows.cuh"
 #include "mmf.cuh"
@@ -44,9 +48,20 @@ void ggml_cuda_mul_mat(
 void emu_op_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {{
     ggml_cuda_mul_mat_id(ctx, dst);
 }}
+bool emu_should_fuse(const ggml_tensor * up, const ggml_tensor * gate, const ggml_tensor * glu) {{
+    return ggml_cuda_should_fuse_mul_mat(up, gate, glu);
+}}
+bool emu_should_fuse_vec_f(const ggml_tensor * t) {{ return ggml_cuda_should_fuse_mul_mat_vec_f(t); }}
+bool emu_should_fuse_vec_q(const ggml_tensor * t) {{ return ggml_cuda_should_fuse_mul_mat_vec_q(t); }}
 """  # noqa: E501
 EXTERN = re.compile(r"^extern DECL_MMQ_CASE\w*\((\w+)\);", re.M)
-OP_FUNCTIONS = ("ggml_cuda_mul_mat_id_needs_sync", "ggml_cuda_mul_mat_id")
+OP_FUNCTIONS = (
+    "ggml_cuda_should_fuse_mul_mat",
+    "ggml_cuda_should_fuse_mul_mat_vec_f",
+    "ggml_cuda_should_fuse_mul_mat_vec_q",
+    "ggml_cuda_mul_mat_id_needs_sync",
+    "ggml_cuda_mul_mat_id",
+)
 
 
 @dataclass(frozen=True)

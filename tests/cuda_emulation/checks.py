@@ -3,8 +3,8 @@
 Owns: routings, the expected results in numpy, the checks of one kernel each. Leaves out: which
 cases are run (`../llama_cpp_patch/test_cuda_emulation.py`).
 
-`python -m tests.cuda_emulation.checks LIBRARY [CHECK …]` runs them with skipped slots, each in a
-process of its own, which a wild write may end, and prints a line for each.
+`python -m tests.cuda_emulation.checks LIBRARY SLACK [CHECK …]` runs them with skipped slots, each
+in a process of its own, which a wild write may end, and prints a line for each.
 
 Every case runs under several orders of threads and two poisons, and must give the same bytes: what
 depends on unwritten memory, or on a missing barrier, differs.
@@ -335,20 +335,21 @@ CHECKS: dict[str, Check] = {
 }
 
 
-def reason(library: Path, name: str, skipped: str | None) -> str | None:
+def reason(kernels: Kernels, name: str, skipped: str | None) -> str | None:
     """Why a check fails; None if it does not."""
     try:
-        CHECKS[name](Kernels(library), np.random.default_rng(1), skipped)
+        CHECKS[name](kernels, np.random.default_rng(1), skipped)
     except (AssertionError, EmulationError) as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return None
 
 
 def main(arguments: Sequence[str]) -> int:
-    library, *names = arguments
+    library, slack, *names = arguments
+    kernels = Kernels(Path(library), int(slack))
     failed = False
     for name in names or CHECKS:
-        process = get_context("fork").Process(target=_report, args=(Path(library), name))
+        process = get_context("fork").Process(target=_report, args=(kernels, name))
         process.start()
         process.join()
         if process.exitcode:
@@ -357,8 +358,8 @@ def main(arguments: Sequence[str]) -> int:
     return int(failed)
 
 
-def _report(library: Path, name: str) -> None:
-    why = reason(library, name, "some")
+def _report(kernels: Kernels, name: str) -> None:
+    why = reason(kernels, name, "some")
     print(f"{name}: {'right' if why is None else why}", flush=True)
 
 

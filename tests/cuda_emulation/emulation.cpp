@@ -29,7 +29,6 @@ constexpr size_t PAGE = 4096;
 constexpr size_t STACK = 256 * 1024;
 constexpr size_t ARENA = size_t(1) << 36;  // of addresses; memory is used only where it is touched
 constexpr size_t GAP = size_t(1) << 24;    // unmapped, between two allocations
-constexpr size_t POOL_SLACK = 4096;
 constexpr size_t SHARED_MAX = __CUDA_ARCH__ >= 750 ? 99 * 1024 : 48 * 1024;
 constexpr unsigned WARP = 32;
 constexpr unsigned MAX_THREADS = 1024;
@@ -595,7 +594,7 @@ void run_grid(const Grid & grid, void (*thread)(void *), void * argument) {
 }
 
 void * allocate(const char * name, size_t size, Kind kind) {
-    const size_t room = size + (kind == Kind::pool ? POOL_SLACK : 0);
+    const size_t room = size + (kind == Kind::pool ? settings.slack : 0);
     const size_t pages = (room + 15 + PAGE - 1) / PAGE * PAGE;
     if (arena_used + pages + 2 * GAP > ARENA) {
         fail("`%s`: no addresses left for %zu bytes", name, size);

@@ -11,11 +11,12 @@ namespace emu {
 struct Settings {
     unsigned schedule;  // 0: threads and blocks in order, 1: backwards, else the seed of a random order
     uint32_t poison;    // what memory is filled with, word by word
+    uint32_t slack;     // bytes behind memory of the pool that may be read
 };
 
 enum class Kind {
     buffer,  // ends, or with an odd schedule begins, at an unmapped page
-    pool,    // as `buffer`, with 4 KiB behind it that may be read
+    pool,    // as `buffer`, with Settings::slack behind it
     shared,
 };
 

@@ -116,7 +116,11 @@ void ggml_cuda_mul_mat(ggml_backend_cuda_context &, const ggml_tensor * src0,
     }
 }
 
-void emu_op_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst);  // op.cu
+// op.cu
+void emu_op_mul_mat_id(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+bool emu_should_fuse(const ggml_tensor * up, const ggml_tensor * gate, const ggml_tensor * glu);
+bool emu_should_fuse_vec_f(const ggml_tensor * tensor);
+bool emu_should_fuse_vec_q(const ggml_tensor * tensor);
 
 // ---- device memory ------------------------------------------------------------------------------
 
@@ -268,6 +272,32 @@ const char * emu_mul_mat_id(const emu::Settings * settings, const MulMatId * m) 
             default: emu_op_mul_mat_id(cuda, dst); break;
         }
         out.copy_back();
+    });
+}
+
+// Whether the backend may fuse two products of one token with their GLU, and one with what follows:
+// by mul_mat_vec_f, by mul_mat_vec_q.
+const char * emu_fuses(const emu::Settings * settings, int type, bool skip_up, bool skip_gate,
+                       int32_t * answers) {
+    return emu::guarded(*settings, [&] {
+        const Context context = tensors();
+        ggml_context * c = context.get();
+        ggml_backend_buffer buffer{};
+        ggml_tensor * y = ggml_new_tensor_3d(c, GGML_TYPE_F32, 512, 1, 1);
+        ggml_tensor * ids = ggml_new_tensor_2d(c, GGML_TYPE_I32, 4, 1);
+        const auto product = [&](bool skip) {
+            ggml_tensor * experts = ggml_new_tensor_3d(c, ggml_type(type), 512, 12, 8);
+            experts->buffer = &buffer;
+            ggml_tensor * t = ggml_mul_mat_id(c, experts, y, ids);
+            ggml_set_op_params_i32(t, 4, skip);
+            return t;
+        };
+        const ggml_tensor * up = product(skip_up), * gate = product(skip_gate);
+        const ggml_tensor * glu = ggml_swiglu_split(
+            c, const_cast<ggml_tensor *>(gate), const_cast<ggml_tensor *>(up));
+        answers[0] = emu_should_fuse(up, gate, glu);
+        answers[1] = emu_should_fuse_vec_f(up);
+        answers[2] = emu_should_fuse_vec_q(up);
     });
 }
 

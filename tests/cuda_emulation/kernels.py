@@ -33,7 +33,9 @@ class Run:
 
 
 class _Settings(ctypes.Structure):
-    _fields_ = (("schedule", ctypes.c_uint), ("poison", ctypes.c_uint32))
+    _fields_ = (
+        ("schedule", ctypes.c_uint), ("poison", ctypes.c_uint32), ("slack", ctypes.c_uint32),
+    )  # fmt: skip
 
 
 class _MulMatId(ctypes.Structure):
@@ -66,10 +68,14 @@ class Experts:
 
 
 class Kernels:
-    """One library that `build.emulated` made."""
+    """One library that `build.emulated` made.
 
-    def __init__(self, library: Path) -> None:
+    slack: bytes behind memory of ggml's pool that the kernels may read.
+    """
+
+    def __init__(self, library: Path, slack: int = 0) -> None:
         self._library = ctypes.CDLL(str(library))
+        self._slack = slack
 
     def mm_ids(
         self, run: Run, ids: Ints, n_experts: int, nchannels_y: int, sis1: int,
@@ -118,6 +124,17 @@ class Kernels:
         self._call("emu_mul_mat_id", run, ctypes.byref(call))
         return result
 
+    def fuses(
+        self, run: Run, qtype: str, *, skip_up: bool, skip_gate: bool
+    ) -> tuple[bool, bool, bool]:
+        """Whether products of one token may be fused: two with their GLU; one with what follows,
+        by mul_mat_vec_f, by mul_mat_vec_q."""
+        answers = np.empty(3, np.int32)
+        self._call("emu_fuses", run, type_number(qtype), ctypes.c_bool(skip_up),
+                   ctypes.c_bool(skip_gate), _pointer(answers))  # fmt: skip
+        pair, vector_f, vector_q = (bool(answer) for answer in answers)
+        return pair, vector_f, vector_q
+
     def fault(self, run: Run, number: int) -> Ints:
         """What the kernel `number` of faults.cu writes: 64 numbers."""
         result = np.empty(64, np.int32)
@@ -127,7 +144,7 @@ class Kernels:
     def _call(self, name: str, run: Run, *arguments: Any) -> None:
         function = self._library[name]
         function.restype = ctypes.c_char_p
-        settings = _Settings(run.schedule, run.poison)
+        settings = _Settings(run.schedule, run.poison, self._slack)
         error = function(ctypes.byref(settings), *arguments)
         if error is not None:
             raise EmulationError(error.decode(errors="replace"))

@@ -67,6 +67,7 @@ COMPILED = {
     ),
 }
 STOCK = Compiled(PASCAL, ("Q4_K",), ("Q4_K",), (32,))
+STOCK_SLACK = 4096  # bytes; its mul_mat_q reads behind the memory that it asks for
 # tokens, rows and experts that give tiles of each of `Compiled.tiles` columns; the last ones take
 # two tiles for an expert
 SHAPES = {
@@ -92,9 +93,14 @@ def pascal() -> Kernels:
 
 
 @pytest.fixture(scope="session")
-def stock() -> Path:
-    """The library of the unpatched kernels."""
+def stock_library() -> Path:
     return emulated(ensure_source(), STOCK)
+
+
+@pytest.fixture(scope="session")
+def stock(stock_library: Path) -> Kernels:
+    """The unpatched kernels."""
+    return Kernels(stock_library, STOCK_SLACK)
 
 
 @pytest.fixture
@@ -233,6 +239,20 @@ def test_mul_mat_vec_q(patched: Kernels, rng: np.random.Generator, qtype: str, c
         check_products(patched, VECTOR_Q, matrices, y, ids, stride=8 if n_tokens > 1 else None)
 
 
+@pytest.mark.parametrize("n_tokens", [1, 4])
+@pytest.mark.parametrize("qtype", ["Q8_0", "Q4_K", "MXFP4"])
+def test_mul_mat_vec_q_clears_no_row_too_many(
+    patched: Kernels, rng: np.random.Generator, qtype: str, n_tokens: int
+) -> None:
+    """The last block of a slot has one row left: more would be behind dst.
+
+    Every slot is skipped: for others mul_mat_vec_q writes such rows, unpatched as well.
+    """
+    ids = skipped(rng, routing(rng, n_tokens, 4, 8), "all")
+    y = activations(rng, n_tokens, 1, 512)
+    check_products(patched, VECTOR_Q, experts(qtype, 8, 13, 512), y, ids)
+
+
 @pytest.mark.parametrize("glu", [None, SWIGLU, GEGLU, SWIGLU_OAI, SWIGLU_CLAMP])
 @pytest.mark.parametrize("qtype", ["Q8_0", "Q4_K", "MXFP4"])
 def test_mul_mat_vec_q_fused(
@@ -290,17 +310,57 @@ def test_the_op_with_many_tokens(
         check_products(library(name), OP, matrices, y, ids, stride=8, runs=runs)
 
 
+@pytest.mark.parametrize("how", [None, "some", "tokens", "bank"])
+@pytest.mark.parametrize("qtype", COMPILED["ada"].tile_types)
+def test_the_op_with_tiles_cut_in_two(
+    rng: np.random.Generator, qtype: str, how: str | None
+) -> None:
+    """stream-k: 8 experts are a tile each, of 4 steps, for 3 multiprocessors.
+
+    The 3rd and the 6th tile are begun by one block and ended by the next; the fixup adds the parts.
+    """
+    matrices = experts(qtype, 8, 128, 1024)
+    ids = skipped(rng, routing(rng, 13, 4, 8), how)
+    y = activations(rng, 13, 1, 1024)
+    check_products(library("ada"), OP, matrices, y, ids, runs=RUNS[1:])
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_op_refuses_an_id_that_no_expert_has(
+    pascal: Kernels, rng: np.random.Generator, *, skip: bool
+) -> None:
+    """Where the host sorts the rows: it would be a row of dst that nobody writes."""
+    ids = routing(rng, 29, 4, 8)
+    ids[:3] = -1 if skip else ids[:3]
+    ids[17, 2] = 8
+    y = activations(rng, 29, 1, 64)
+    with pytest.raises(EmulationError, match=r"GGML_ASSERT\(n_sorted \+ n_skipped == ne_get_rows"):
+        pascal.mul_mat_id(RUNS[0], OP, experts("F16", 8, 6, 64), y, ids, skip=skip)
+
+
+# ---- what may be fused --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("qtype", "fused"), [("F16", (True, True, False)),
+                                              ("Q4_K", (True, False, True))])  # fmt: skip
+def test_products_that_may_skip_are_not_fused(qtype: str, fused: tuple[bool, bool, bool]) -> None:
+    ada = library("ada")
+    assert ada.fuses(RUNS[0], qtype, skip_up=False, skip_gate=False) == fused
+    assert ada.fuses(RUNS[0], qtype, skip_up=False, skip_gate=True) == (False, *fused[1:])
+    assert ada.fuses(RUNS[0], qtype, skip_up=True, skip_gate=False) == (False, False, False)
+
+
 # ---- the unpatched kernels ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_the_unpatched_kernels_are_right_without_skipped_slots(stock: Path, name: str) -> None:
+def test_the_unpatched_kernels_are_right_without_skipped_slots(stock: Kernels, name: str) -> None:
     assert reason(stock, name, None) is None
 
 
-def test_the_unpatched_kernels_are_wrong_with_skipped_slots(stock: Path) -> None:
+def test_the_unpatched_kernels_are_wrong_with_skipped_slots(stock_library: Path) -> None:
     run = subprocess.run(
-        [sys.executable, "-m", "tests.cuda_emulation.checks", str(stock)],
+        [sys.executable, "-m", "tests.cuda_emulation.checks", str(stock_library), str(STOCK_SLACK)],
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     lines = run.stdout.splitlines()
@@ -315,7 +375,7 @@ def test_the_unpatched_kernels_are_wrong_with_skipped_slots(stock: Path) -> None
      (OP, "Q4_K", 29), (OP, "F16", 29)],
 )  # fmt: skip
 def test_rows_that_are_not_skipped_are_those_of_the_unpatched_kernels(
-    pascal: Kernels, stock: Path, rng: np.random.Generator, kernel: int, qtype: str,
+    pascal: Kernels, stock: Kernels, rng: np.random.Generator, kernel: int, qtype: str,
     n_tokens: int, slots: int,
 ) -> None:  # fmt: skip
     """Bit by bit."""
@@ -323,6 +383,6 @@ def test_rows_that_are_not_skipped_are_those_of_the_unpatched_kernels(
     y = activations(rng, n_tokens, slots, 512)
     ids = routing(rng, n_tokens, 4, 8)
     left = skipped(rng, ids, "some")
-    whole = Kernels(stock).mul_mat_id(RUNS[0], kernel, matrices, y, ids, skip=False)
+    whole = stock.mul_mat_id(RUNS[0], kernel, matrices, y, ids, skip=False)
     part = pascal.mul_mat_id(RUNS[0], kernel, matrices, y, left, skip=True)
     np.testing.assert_array_equal(part[left >= 0], whole[left >= 0])

@@ -13,8 +13,9 @@
 //     before every block; more than 48 KiB, or than what was allowed, is an error.
 //   - Global memory comes from `emu::allocate`: filled with poison, between unmapped pages, so that
 //     what is read or written outside is an error that names the allocation. Inputs are made
-//     read-only. Memory of ggml's pool has 4 KiB of poison behind it, as other memory of the pool
-//     would be there on a GPU: reading that is allowed (stock kernels do), changing it is an error.
+//     read-only. The pinned kernels read behind memory of ggml's pool, where on a GPU other
+//     memory of the pool would be: for them it has `slack` bytes of poison behind it, which may be
+//     read and not changed. For the patched kernels there are none.
 //   - Threads that end, or wait elsewhere, while others of the block wait at a barrier: an error
 //     (compute capability 7 and later define the first; older ones define neither).
 //   - A launch with more threads than __launch_bounds__ or the device allows is an error.
@@ -30,6 +31,11 @@
 //   - Two architectures: sm_61 (dp4a) and sm_89 (`ptx.h`: int8 tensor cores, as the PTX manual says
 //     they work; stream-k). Branches of the source for others, other vendors, and other PTX
 //     (float tensor cores, cp.async, Blackwell's FP4) are not run.
+//   - Not compiled or not run, of what the patches touch: mul_mat_f (MMF; the dispatch takes it to
+//     fit no shape), quantize_mmq_mxfp4 and quantize_mmq_nvfp4 (compiled; only Blackwell runs them),
+//     mul_mat_q with their scales, kernels overlapped by programmatic dependent launch, HIP, MUSA.
+//     Of mul_mat_q the types and tiles that the tests name; stream-k and its fixup as sm_89 with 3
+//     multiprocessors. Of the fusion of ops, the functions that allow it, not what then fuses.
 //   - No speed, no registers, no bank conflicts, no alignment of accesses, no nvcc: the compiler is
 //     g++, and expf, fused multiply-add and the order of sums may round differently.
 //   - Float atomics, textures, cooperative groups: nothing that is run here uses them.
