@@ -299,10 +299,11 @@ def test_the_op_with_many_tokens(
 ) -> None:
     """mul_mat_q for quantized experts, rows sorted by expert for others."""
     cols = 256
-    for n_tokens, rows, n_experts in SHAPES[name]:
+    shapes = [(29, 36, 8)] if qtype in FLOATS else SHAPES[name]  # no tiles of columns there
+    for n_tokens, rows, n_experts in shapes:
         large = n_tokens > 100
-        if large and how == "all but one":
-            continue  # one row: the tiles are those of few tokens
+        if large and how in ("all but one", "all"):
+            continue  # one row at most: the tiles are those of few tokens
         matrices = experts(qtype, n_experts, rows, cols)
         ids = skipped(rng, routing(rng, n_tokens, 4, n_experts), how)
         y = activations(rng, n_tokens, slots, cols)
