@@ -19,9 +19,9 @@ from moequant.runtime.build import cmake_and_ninja
 from moequant.runtime.llama_cpp import cache_directory, ensure_source, read_pin
 
 SWITCH = "WRONG_KERNEL"
-CPU, REPACK, REGISTRY, HEADER, GGML = (
-    "src/ggml-cpu/ggml-cpu.c", "src/ggml-cpu/repack.cpp", "src/ggml-cpu/ggml-cpu.cpp",
-    "include/ggml.h", "src/ggml.c",
+CPU, REPACK, OPS, REGISTRY, HEADER, GGML = (
+    "src/ggml-cpu/ggml-cpu.c", "src/ggml-cpu/repack.cpp", "src/ggml-cpu/ops.cpp",
+    "src/ggml-cpu/ggml-cpu.cpp", "include/ggml.h", "src/ggml.c",
 )  # fmt: skip
 
 WRONG = f"""
@@ -128,6 +128,9 @@ CHANGES = (
     (REPACK, GEMV, GEMV + FLIP),
     (REPACK, REPACK_CHECK, SKIP.format(op="op", few="")),
     (REPACK, BARRIER, ZERO.format(dst="op", few="") + BARRIER),
+    (OPS, '#include "ops.h"\n', '#include "ops.h"\n' + WRONG),
+    (OPS, "src2->data + i1*nb20 + i2*nb21);",  # of ADD_ID: all slots get the first one's bias
+     'src2->data + (wrong("add_id") ? 0 : i1)*nb20 + i2*nb21);'),
     (REGISTRY, '    if (strcmp(name, "ggml_backend_set_n_threads") == 0) {',
      '    if (strcmp(name, "ggml_mul_mat_id_set_skip") == 0) {\n'
      '        return (void *) ggml_mul_mat_id_set_skip;\n    }\n'

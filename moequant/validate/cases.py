@@ -13,12 +13,17 @@ import numpy.typing as npt
 
 from moequant.errors import UsageError
 
-OPS = ("MUL_MAT_ID", "MOE_BRANCH")
+OPS = MUL_MAT_ID, ADD_ID, MOE_BRANCH = ("MUL_MAT_ID", "ADD_ID", "MOE_BRANCH")
 TOKENS = (1, 2, 4, 5, 17, 32, 129, 512)
 # some slots of each token skipped, whole tokens, all of them; `outliers` is `uniform` with inputs
 # that stand out, as a trained model's do
 SKIPPING = ("skipped", "skipped-tokens", "skipped-all")
 ROUTINGS = ("uniform", "one", "rotating", "outliers", *SKIPPING)
+SUBJECT_ROUTINGS = {
+    MUL_MAT_ID: ROUTINGS,
+    ADD_ID: ("uniform", "one", "rotating"),
+    MOE_BRANCH: tuple(routing for routing in ROUTINGS if routing not in SKIPPING),
+}
 SKIPPED_SHARE = 0.4
 OUTLIER_SHARE, OUTLIER_FACTOR = 1 / 64, 100.0  # of the input's channels
 
@@ -107,6 +112,7 @@ class CaseResult:
 # bits. ggml's CPU does not do so where weights are floats; other backends may.
 NMSE_LIMIT = 5e-4
 CPU_LIMITS = {"F32": 1e-9, "F16": 1e-6, "BF16": 1e-5}
+ADD_ID_LIMIT = 1e-12  # of sums of two float32, which are rounded once: about 1e-15
 BRANCH_FACTOR = 3  # a branch has three such products, each with its own rounding
 OUTLIER_LIMIT = 10  # times as much: what stands out sets the step for its whole block
 BIAS_LIMIT = 3e-3
@@ -116,9 +122,11 @@ INDEPENDENT = 8  # errors of a token's output; they share its rounded activation
 
 def limits(case: Case, qtypes: Sequence[str], backend: str) -> Limits:
     """Of a case whose matrices have these types."""
+    if case.op == ADD_ID:
+        return Limits(ADD_ID_LIMIT)
     known = CPU_LIMITS if backend == "CPU" else {}
     limit = max(known.get(qtype, NMSE_LIMIT) for qtype in qtypes)
-    limit *= BRANCH_FACTOR if case.op == "MOE_BRANCH" else 1
+    limit *= BRANCH_FACTOR if case.op == MOE_BRANCH else 1
     return Limits(limit * (OUTLIER_LIMIT if case.routing == "outliers" else 1))
 
 
@@ -161,7 +169,7 @@ def _experts(
 def route_op(
     case: Case, table: npt.NDArray[np.int32], k: int, random: np.random.Generator
 ) -> npt.NDArray[np.int32]:
-    """The matrices of each token's slots for MUL_MAT_ID, [tokens, slots]; -1 is skipped.
+    """The matrices of each token's slots for an op, [tokens, slots]; -1 is skipped.
 
     `table[e]` is the matrix of the layer's expert e, or -1 where a bank does not have it; at least
     one slot is not -1 unless the case skips. `one` is a single slot, or of a bank one of the k.

@@ -49,6 +49,7 @@ SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_mul_mat": (P, (P, P, P)),
     "ggml_mul_mat_id": (P, (P, P, P, P)),
     "ggml_add": (P, (P, P, P)),
+    "ggml_add_id": (P, (P, P, P, P)),
     "ggml_mul": (P, (P, P, P)),
     "ggml_div": (P, (P, P, P)),
     "ggml_scale": (P, (P, P, F)),

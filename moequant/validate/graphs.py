@@ -1,4 +1,4 @@
-"""The graphs that are run: MUL_MAT_ID alone, and the MoE branch as llama.cpp builds it.
+"""The graphs that are run: MUL_MAT_ID or ADD_ID alone, and the MoE branch as llama.cpp builds it.
 
 Owns: building them op by op in llama.cpp's order (`llm_graph_context::build_moe_ffn` and the layers
 of gemma4 and qwen3moe in the pinned source), where weights lie, and computing. Leaves out: what the
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from moequant.errors import LlamaCppError
 from moequant.validate.ggml import F32, I32, SORT_DESCENDING, Context, Ggml, Place, Pointer
-from moequant.validate.weights import DENSE, ROUTER, SCALE, Branch, Stack, Weight
+from moequant.validate.weights import DENSE, ROUTER, SCALE, Branch, Stack, Weight, is_bias
 
 SMALLEST_SUM = 6.103515625e-5
 PROBE_TOKENS = 2  # of the op that a device is asked about
@@ -82,17 +82,22 @@ def _home(ggml: Ggml, place: Place, weight: Weight) -> Place:
     for candidate in dict.fromkeys((place, own)):
         if _supported(ggml, candidate, weight):
             return candidate
-    raise UnsupportedError(f"{place.device} does not multiply by {weight.qtype} experts")
+    what = "add biases of" if is_bias(weight.name) else f"multiply by {weight.qtype}"
+    raise UnsupportedError(f"{place.device} does not {what} experts")
 
 
 def _supported(ggml: Ggml, place: Place, weight: Weight) -> bool:
-    """Whether the device multiplies by such matrices in such a buffer; asked with two of them."""
-    shape = (min(2, weight.shape[0]), *weight.shape[1:]) if len(weight.shape) == 3 else weight.shape
+    """Whether the device takes such matrices or biases in such a buffer; asked with two of them."""
+    several = len(weight.shape) == 3 or is_bias(weight.name)
+    shape = (min(2, weight.shape[0]), *weight.shape[1:]) if several else weight.shape
     weights, context = Context(ggml), Context(ggml)
     try:
         matrix = weights.tensor(weight.type_id, shape)
         weights.allocate(ggml.buffer_type(place), weights=True)
-        if len(shape) == 3:
+        if is_bias(weight.name):
+            x = context.tensor(F32, (PROBE_TOKENS, 1, shape[-1]))
+            op = context.op("add_id", x, matrix, context.tensor(I32, (PROBE_TOKENS, 1)))
+        elif len(shape) == 3:
             x = context.tensor(F32, (PROBE_TOKENS, 1, shape[-1]))
             op = context.op("mul_mat_id", matrix, x, context.tensor(I32, (PROBE_TOKENS, 1)))
         else:

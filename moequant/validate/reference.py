@@ -72,6 +72,12 @@ def mul_mat_id(rows: Rows, x: Floats, ids: Ids) -> Products:
     return Products(which, values, scale)
 
 
+def add_id(biases: Weight, x: Floats, ids: Ids) -> tuple[Floats, Floats]:
+    """(x [tokens, slots, rows] with each slot's bias added; the size of what was added up)"""
+    added = biases.values().astype(np.float64)[ids]
+    return x + added, np.abs(x) + np.abs(added)
+
+
 def rms_norm(x: Floats, eps: float, weight: Weight | None = None) -> Floats:
     normed = x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + eps)
     return np.asarray(normed if weight is None else normed * weight.vector())

@@ -29,15 +29,16 @@ from moequant.gguf_file import GGUFFile, read_model
 from moequant.runtime.llama_cpp import ensure_built
 from moequant.validate.cases import (
     ABORTED,
+    ADD_ID,
     ERROR,
     FAILED,
     FINDINGS,
     HUNG,
+    MOE_BRANCH,
+    MUL_MAT_ID,
     NOT_CHECKED,
-    OPS,
     PASSED,
-    ROUTINGS,
-    SKIPPING,
+    SUBJECT_ROUTINGS,
     TOKENS,
     Case,
     CaseResult,
@@ -48,7 +49,9 @@ from moequant.validate.ggml import Place, library_folder
 from moequant.validate.weights import (
     FAMILIES,
     KINDS,
+    bias_tensors,
     check,
+    distinct_biases,
     distinct_layers,
     distinct_tensors,
     expert_tensors,
@@ -72,7 +75,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """What cases are about: a tensor, or a layer's branch; `what` is its types and shape."""
+    """What cases are about: experts, their biases, or a branch; `what` is its types and shape."""
 
     op: str
     name: str
@@ -200,10 +203,11 @@ def validate(
 
 def _subjects(file: GGUFFile) -> tuple[Subject, ...]:
     tensors = [
-        Subject("MUL_MAT_ID", t.name, f"{t.qtype} {'×'.join(map(str, t.shape))}")
-        for t in distinct_tensors(file)
+        Subject(op, t.name, f"{t.qtype} {'×'.join(map(str, t.shape))}")
+        for op, found in ((MUL_MAT_ID, distinct_tensors(file)), (ADD_ID, distinct_biases(file)))
+        for t in found
     ]
-    layers = [Subject("MOE_BRANCH", f"blk.{layer}", _branch_types(file, layer))
+    layers = [Subject(MOE_BRANCH, f"blk.{layer}", _branch_types(file, layer))
               for layer in distinct_layers(file)]  # fmt: skip
     return (*tensors, *layers)
 
@@ -224,11 +228,9 @@ def _branch_types(file: GGUFFile, layer: int) -> str:
 
 def _notes(file: GGUFFile, places: Sequence[Place]) -> tuple[str, ...]:
     family = file.metadata.get("general.architecture")
-    biased = any(name.endswith("_exps.bias") for name in file.tensors)
-    notes = [
-        "ADD_ID: not checked, though this file's experts have biases" if biased
-        else "ADD_ID: not applicable, these experts have no biases"
-    ]  # fmt: skip
+    notes = []
+    if not bias_tensors(file):
+        notes.append("ADD_ID: not applicable, these experts have no biases")
     if family not in FAMILIES:
         notes.append(f"MOE_BRANCH: not checked, the branch of {family} is not known here")
     for device in dict.fromkeys(place.device for place in places if not place.skips):
@@ -238,9 +240,12 @@ def _notes(file: GGUFFile, places: Sequence[Place]) -> tuple[str, ...]:
 
 def _checked_case(name: str, file: GGUFFile) -> Case:
     case = parse_case(name)
-    known = ([f"blk.{layer}" for layer in moe_layers(file)] if case.op == OPS[1]
-             else list(expert_tensors(file)))  # fmt: skip
-    if case.subject not in known:
+    known = {
+        MUL_MAT_ID: list(expert_tensors(file)),
+        ADD_ID: list(bias_tensors(file)),
+        MOE_BRANCH: [f"blk.{layer}" for layer in moe_layers(file)],
+    }
+    if case.subject not in known[case.op]:
         raise UsageError(f"{file.path} has no {case.subject} to run {case.op} on.")
     return case
 
@@ -263,10 +268,9 @@ def _choose(
 def _cases(subjects: Sequence[Subject], places: Sequence[Place]) -> Iterator[Case]:
     """Tokens and routings vary fastest: the weights stay where they are."""
     for subject in subjects:
-        routings = [r for r in ROUTINGS if r not in SKIPPING or subject.op != "MOE_BRANCH"]
         for place in places:
             for tokens in TOKENS:
-                for routing in routings:
+                for routing in SUBJECT_ROUTINGS[subject.op]:
                     yield Case(subject.op, subject.name, place.name, tokens, routing)
 
 

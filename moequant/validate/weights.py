@@ -23,6 +23,7 @@ from moequant.gguf_file import GGUFFile, GGUFTensor
 KNOWN_VALUES = 1 << 26  # decoded at once for a branch's reference
 STEP = 32  # of a cut width, besides whole blocks
 EXPERTS = re.compile(r"blk\.(\d+)\.(ffn_(gate_up|gate|up|down)_exps)(?:\.bank\d+)?\.weight")
+BIASES = re.compile(r"blk\.\d+\.ffn_(?:gate_up|gate|up|down)_exps\.bias")
 KINDS = ("gate_up", "gate", "up", "down")
 DENSE = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
 ROUTER = "ffn_gate_inp.weight"
@@ -116,7 +117,10 @@ class Stack:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A stack of experts, or one of its banks; `table[e]` is the matrix of the layer's expert e."""
+    """A stack of experts or one of its banks, or their biases, of which each is a row.
+
+    `table[e]` is the matrix, or the row, of the layer's expert e.
+    """
 
     weight: Weight
     table: npt.NDArray[np.int32]
@@ -184,6 +188,23 @@ def distinct_tensors(file: GGUFFile) -> list[GGUFTensor]:
     return list(found.values())
 
 
+def bias_tensors(file: GGUFFile) -> dict[str, GGUFTensor]:
+    """All biases of experts, by name."""
+    return {name: tensor for name, tensor in file.tensors.items() if is_bias(name)}
+
+
+def distinct_biases(file: GGUFFile) -> list[GGUFTensor]:
+    """The first of each shape."""
+    found: dict[Hashable, GGUFTensor] = {}
+    for tensor in bias_tensors(file).values():
+        found.setdefault(tensor.shape, tensor)
+    return list(found.values())
+
+
+def is_bias(name: str) -> bool:
+    return BIASES.fullmatch(name) is not None
+
+
 def is_down(name: str) -> bool:
     """Whether each slot has an input of its own, as a down projection's."""
     return "ffn_down" in name
@@ -226,6 +247,7 @@ def check(file: GGUFFile) -> None:
         raise GGUFError(f"{file.path} has no expert tensors: there is nothing to validate.")
     banks = read_banks(file)
     wrong = [*_faults_of_keys(file), *_faults_of_stacks(file, banks)]
+    wrong += _faults_of_biases(file, banks)
     for layer in () if wrong else moe_layers(file):
         wrong += _faults_of_branch(file, banks, layer)
     if wrong:
@@ -264,6 +286,16 @@ def _faults_of_stacks(file: GGUFFile, banks: Mapping[str, ExpertBanks]) -> Itera
             yield f"{name}: shape {list(stack.shape)}, expected [experts, rows, in]"
         elif stack.shape[0] < k:
             yield f"{name}: {stack.shape[0]} experts, but expert_used_count is {k}"
+
+
+def _faults_of_biases(file: GGUFFile, banks: Mapping[str, ExpertBanks]) -> Iterator[str]:
+    for name, bias in bias_tensors(file).items():
+        stack = _stack(file, banks, name.removesuffix("bias") + "weight")
+        if stack is None:
+            yield f"{name}: biases of experts that are not there"
+        elif bias.qtype != "F32" or bias.shape != stack.shape[:2]:
+            yield (f"{name}: {bias.qtype} {list(bias.shape)}, expected F32 "
+                   f"{list(stack.shape[:2])}")  # fmt: skip
 
 
 def _faults_of_branch(
@@ -318,6 +350,12 @@ def read_tensor(file: GGUFFile, name: str, memory: int) -> Tensor:
             if found.name == name:
                 return Tensor(weight, _table(banks, bank, table))
     return Tensor(weight, table[matrices])
+
+
+def read_biases(file: GGUFFile, name: str) -> Tensor:
+    """All of them."""
+    weight = _whole(file, name)
+    return Tensor(weight, np.arange(weight.shape[0], dtype=np.int32))
 
 
 def _table(banks: ExpertBanks, bank: int, table: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:

@@ -25,8 +25,10 @@ from moequant.errors import MoequantError
 from moequant.gguf_file import read_model
 from moequant.validate import reference
 from moequant.validate.cases import (
+    ADD_ID,
     ERROR,
     FAILED,
+    MUL_MAT_ID,
     NOT_APPLICABLE,
     NOT_CHECKED,
     SKIPPING,
@@ -57,6 +59,7 @@ from moequant.validate.weights import (
     Weight,
     experts_used,
     is_down,
+    read_biases,
     read_branch,
     read_tensor,
 )
@@ -99,13 +102,15 @@ class Worker:
         place = next((p for p in self.ggml.places if p.name == case.place), None)
         if place is None:
             return CaseResult(case, NOT_CHECKED, detail=f"this library has no {case.place}")
-        if case.routing in SKIPPING and (not place.skips or case.op == "MOE_BRANCH"):
-            why = ("a router skips nothing" if case.op == "MOE_BRANCH"
+        if case.routing in SKIPPING and (not place.skips or case.op != MUL_MAT_ID):
+            why = ("a router skips nothing" if case.op != MUL_MAT_ID
                    else f"{place.device} does not skip negative ids")  # fmt: skip
             return CaseResult(case, NOT_APPLICABLE, detail=why)
         try:
             subject = self._read(case)
-            if isinstance(subject, Tensor):
+            if isinstance(subject, Tensor) and case.op == ADD_ID:
+                result = self._add_id(case, place, subject, ready)
+            elif isinstance(subject, Tensor):
                 result = self._mul_mat_id(case, place, subject, ready)
             else:
                 result = self._branch(case, place, subject, ready)
@@ -124,12 +129,14 @@ class Worker:
         if self._subject is None or self._subject[0] != case.subject:
             self._free()
             subject: Tensor | Branch
-            if case.op == "MUL_MAT_ID":
+            self._rows = None
+            if case.op == MUL_MAT_ID:
                 subject = read_tensor(self.file, case.subject, self.options.memory)
                 self._rows = reference.Rows(subject.weight, self.options.rows)
+            elif case.op == ADD_ID:
+                subject = read_biases(self.file, case.subject)
             else:
                 subject = read_branch(self.file, int(case.subject[4:]), self.options.memory)
-                self._rows = None
             self._subject = (case.subject, subject)
         return self._subject[1]
 
@@ -172,6 +179,30 @@ class Worker:
             graph.expand(product)
             outputs = {"product": (product, (*ids.shape, weight.shape[1]))}
             return self._computed(graph, outputs, judged, ready)
+        finally:
+            graph.context.free()
+
+    def _add_id(self, case: Case, place: Place, tensor: Tensor, ready: Ready) -> CaseResult:
+        biases, random = tensor.weight, np.random.default_rng(case.seed)
+        stored = self._at(place, [biases])
+        ids = route_op(case, tensor.table, experts_used(self.file), random)
+        x = inputs(case, (*ids.shape, biases.shape[-1]), random)
+        x *= np.sqrt((biases.values() ** 2).mean()) or np.float32(1)  # so that neither hides
+        expected, scale = reference.add_id(biases, x.astype(np.float64), ids)
+        limit = limits(case, [biases.qtype], place.backend)
+
+        def judged(outputs: Outputs) -> CaseResult:
+            if wrong := _not_finite(outputs):
+                return judge(case, Errors(), limit, wrong)
+            return judge(case, errors(outputs["sum"], expected, scale), limit)
+
+        graph = Graph(self.ggml, place)
+        try:
+            added = graph.context.op(
+                "add_id", graph.input(x), stored.tensors[biases.name], graph.input(ids)
+            )
+            graph.expand(added)
+            return self._computed(graph, {"sum": (added, x.shape)}, judged, ready)
         finally:
             graph.context.free()
 

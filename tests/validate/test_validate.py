@@ -38,6 +38,7 @@ from tests.banked_files import banked
 from tests.checkpoints import make_checkpoint
 from tests.command_line import SHORT, run
 from tests.gguf_files import rewrite
+from tests.llama_cpp_patch.tiny_gpt_oss import write_gpt_oss
 from tests.wrong_kernels import SWITCH, wrong_ggml
 
 pytestmark = pytest.mark.llama_cpp
@@ -105,6 +106,51 @@ def test_float_weights_have_a_limit_of_their_own(
     told = [case for case in data["cases"] if case["nmse"] is not None]
     assert max(case["nmse_limit"] for case in told) == pytest.approx(3e-8)
     assert all(case["nmse"] < 1e-12 for case in told)
+
+
+def test_biases_of_experts(
+    gemma: Path, wrong: Path, llama_cpp: LlamaCpp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "gpt-oss.gguf"
+    write_gpt_oss(path, gemma)
+    monkeypatch.setattr(validate_run, "TOKENS", (1, 129))
+    data = checked(path)
+    gate, down = (f"blk.0.ffn_{kind}_exps.bias" for kind in ("gate", "down"))
+    subjects = {s["name"]: s["what"] for s in data["subjects"] if s["op"] == "ADD_ID"}
+    assert subjects == {gate: "F32 12×96", down: "F32 12×128"}
+    assert not any("ADD_ID" in note for note in data["notes"])
+    for place in (place["name"] for place in data["places"]):
+        verdict = "passed" if place == "CPU/CPU" else "not supported"
+        assert counts(data, op="ADD_ID", place=place) == {verdict: 12}
+    told = [case for case in data["cases"] if case["op"] == "ADD_ID" and case["nmse"] is not None]
+    assert all(case["nmse"] < 1e-14 and case["nmse_limit"] == 1e-12 for case in told)
+    skipped = f"ADD_ID,{gate},CPU/CPU,17,skipped"
+    assert counts(checked(path, "--case", skipped, code=1)) == {"not applicable": 1}
+
+    monkeypatch.setenv(SWITCH, "add_id")
+    data = checked(path, "--library", wrong, "--backend", "CPU/CPU", code=1)
+    assert counts(data, op="ADD_ID", routing="one") == {"passed": 4}  # of a single slot
+    for routing in ("uniform", "rotating"):
+        assert counts(data, op="ADD_ID", routing=routing) == {"failed": 4}
+    assert "failed" not in counts(data, op="MUL_MAT_ID")
+    assert run(*shlex.split(data["worst"]["command"])[1:]).exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("bias", "told"),
+    [
+        (np.zeros((12, 95), np.float32), "ffn_up_exps.bias: F32 [12, 95], expected F32 [12, 96]"),
+        (np.zeros((12, 96), np.float16), "ffn_up_exps.bias: F16 [12, 96], expected F32 [12, 96]"),
+    ],
+)
+def test_biases_that_do_not_fit(gemma: Path, tmp_path: Path, bias: np.ndarray, told: str) -> None:
+    write_gpt_oss(tmp_path / "gpt-oss.gguf", gemma)
+    path = tmp_path / "wrong.gguf"
+    qtype = GGMLQuantizationType.F32 if bias.itemsize == 4 else GGMLQuantizationType.F16
+    rewrite(tmp_path / "gpt-oss.gguf", path, tensors={"blk.1.ffn_up_exps.bias": (bias, qtype)})
+    result = run("validate", path)
+    assert result.exit_code == 2
+    assert told in result.output.replace("\n", " ")
 
 
 def test_skipped_slots_and_banks(
