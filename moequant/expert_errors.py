@@ -11,7 +11,7 @@ has score 0. It is the squared error of the matrix's output, each token's times 
 diagonal of Σ g²·x·xᵀ tells it.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
@@ -19,11 +19,9 @@ from moequant.architectures import ModelSpec, TensorSpec
 from moequant.calibrate import Imatrix
 from moequant.checkpoint import Checkpoint
 from moequant.errors import ImatrixError, listing
-from moequant.gguf_export.model_file import CHUNK_VALUES, importance_of, load_matrix
+from moequant.gguf_export.model_file import CHUNK_VALUES, Progress, importance_of, load_matrix
 from moequant.plan import TensorPlan
 from moequant.quants import dequantize, quantize
-
-Progress = Callable[[str, int, int], None]
 
 
 def expert_scores(

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from moequant.commands.shared import err, json_option, out, print_json, progress_bars
+from moequant.commands.shared import json_option, out, print_json, progress_bars, report
 
 GB = 1e9
 RUN_ONLY = ("prompt", "generate", "depth", "repetitions", "threads", "gpu_layers", "tool")
@@ -67,9 +67,6 @@ def bench(
     if no_run:
         _refuse_idle_options(ctx)
     options = None if no_run else BenchOptions(**arguments)
-
-    def report(line: str) -> None:
-        err.print(line, soft_wrap=True)
 
     with progress_bars(quiet=as_json) as progress:
         measured = measure(files, options, tool=tool, progress=progress, report=report)

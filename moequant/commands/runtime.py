@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from moequant.commands.shared import err, json_option, out, print_json, progress_bars
+from moequant.commands.shared import json_option, out, print_json, progress_bars, report
 
 
 @click.group(short_help="Build the pinned llama.cpp, patched or stock; see what was built.")
@@ -38,9 +38,6 @@ def build(
     Prints the folder of its programs and libraries.
     """
     from moequant.runtime.llama_cpp import RUNTIME_TOOLS, ensure_built
-
-    def report(line: str) -> None:
-        err.print(line, soft_wrap=True)
 
     with progress_bars(quiet=False) as progress:
         built = ensure_built(
@@ -82,9 +79,7 @@ def cuda_check(files: tuple[str, ...], architectures: tuple[str, ...], as_json: 
     from moequant.runtime.cuda_check import check_cuda
     from moequant.tables.runtime import cuda_check_json, cuda_check_tables
 
-    done = check_cuda(
-        lambda line: err.print(line, soft_wrap=True), files=files, architectures=architectures
-    )
+    done = check_cuda(report, files=files, architectures=architectures)
     if as_json:
         print_json(cuda_check_json(done))
         return

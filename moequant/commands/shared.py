@@ -110,6 +110,11 @@ def open_checkpoint(checkpoint: str, *, dense_part: bool = False) -> "Checkpoint
     return opened
 
 
+def report(line: str) -> None:
+    """A line on stderr about what is being done."""
+    err.print(line, soft_wrap=True)
+
+
 def print_json(data: Any) -> None:
     """JSON on stdout; NaN and Inf, which it has no numbers for, become null."""
     click.echo(json.dumps(_finite(data), indent=2, ensure_ascii=False, allow_nan=False))

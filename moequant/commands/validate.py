@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from moequant.commands.shared import err, json_option, out, print_json, progress_bars
+from moequant.commands.shared import json_option, out, print_json, progress_bars, report
 
 
 def _number(_: click.Context, parameter: click.Parameter, value: float) -> float:
@@ -55,9 +55,6 @@ def validate(
     """
     from moequant.tables.validate import validation_json, validation_tables
     from moequant.validate.run import validate as check
-
-    def report(line: str) -> None:
-        err.print(line, soft_wrap=True)
 
     with progress_bars(quiet=as_json) as progress:
         validation = check(file, backends=backends, progress=progress, report=report, **arguments)

@@ -13,7 +13,7 @@ from moequant.calibrate import Imatrix
 from moequant.checkpoint import Checkpoint
 from moequant.gguf_export.metadata import MetadataEntry
 from moequant.parameters import Parameters
-from moequant.plan import Plan, TensorPlan
+from moequant.plan import Plan
 
 UINT64, UINT32 = GGUFValueType.UINT64, GGUFValueType.UINT32
 RUNTIME = "llama.cpp with moequant's patch (expert banks)"
@@ -51,7 +51,7 @@ def provenance(
         lines = [f"{t.name} {t.wanted} -> {t.qtype}: {t.reason}" for t in plan.fallbacks]
         entries.append(_array("moequant.plan.fallbacks", lines, GGUFValueType.STRING))
     if plan.banked:
-        lines = [f"{t.name} {bank_summary(t)}" for t in plan.banked]
+        lines = [f"{t.name} {t.bank_summary}" for t in plan.banked]
         entries.append(_text("moequant.runtime", RUNTIME))
         entries.append(_array("moequant.plan.banks", lines, GGUFValueType.STRING))
     for key, names in (("plan.edited", edited), ("plan.unweighted", unweighted)):
@@ -61,11 +61,6 @@ def provenance(
         return [*entries, _text("moequant.calibration.source", "none")]
     entries.append(_text("moequant.calibration.source", source or "measured"))
     return entries + _calibration(imatrix)
-
-
-def bank_summary(tensor: TensorPlan) -> str:
-    """`Q5_K × 4, Q4_K × 8, Q3_K × 4`: how many experts have which type."""
-    return ", ".join(f"{qtype} × {len(ids)}" for qtype, ids in tensor.banks.items())
 
 
 def _calibration(imatrix: Imatrix) -> list[MetadataEntry]:

@@ -63,6 +63,11 @@ class TensorPlan:
         return banks_of(self.experts)
 
     @property
+    def bank_summary(self) -> str:
+        """`Q5_K × 4, Q4_K × 8, Q3_K × 4`: how many experts have which type."""
+        return ", ".join(f"{qtype} × {len(ids)}" for qtype, ids in self.banks.items())
+
+    @property
     def qtypes(self) -> tuple[str, ...]:
         """Every type in the tensor, once: in the order of the banks if there are any."""
         return tuple(self.banks) or (self.qtype,)

@@ -166,8 +166,7 @@ def _bank_notes(plan: Plan) -> list[RenderableType]:
                  "it.", style="yellow")  # fmt: skip
     groups: dict[tuple[str, str], list[str]] = {}
     for tensor in plan.banked:
-        shown = ", ".join(f"{qtype} × {len(ids)}" for qtype, ids in tensor.banks.items())
-        groups.setdefault((role_of(tensor.name), shown), []).append(tensor.name)
+        groups.setdefault((role_of(tensor.name), tensor.bank_summary), []).append(tensor.name)
     for (role, shown), names in groups.items():
         lines.append(f"\n  {role} × {len(names)}{_layers(names)}: experts of {shown}")
     return [lines]

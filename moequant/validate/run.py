@@ -17,16 +17,17 @@ import sys
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from moequant.errors import LlamaCppError, UsageError
-from moequant.expert_banks import has_banks, stock_error
+from moequant.expert_banks import KINDS, has_banks, stock_error
 from moequant.gguf_file import GGUFFile, read_model
-from moequant.runtime.llama_cpp import ensure_built
+from moequant.runtime.build import silent
+from moequant.runtime.llama_cpp import Progress, Report, ensure_built
 from moequant.validate.cases import (
     ABORTED,
     ADD_ID,
@@ -48,7 +49,6 @@ from moequant.validate.cases import (
 from moequant.validate.ggml import Place, library_folder
 from moequant.validate.weights import (
     FAMILIES,
-    KINDS,
     bias_tensors,
     check,
     distinct_biases,
@@ -68,9 +68,6 @@ LOG_TAIL = 4  # lines of a dead process's log that tell why
 # machine four times slower (29 s against 7 s), which OMP_WAIT_POLICY below is for
 ENVIRONMENT = {"GGML_NO_BACKTRACE": "1"}
 SEVERITY = (HUNG, ABORTED, FAILED)
-
-Progress = Callable[[str, int, int], None]
-Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -125,17 +122,9 @@ class Validation:
     def command(self, result: CaseResult) -> str:
         """What repeats exactly this case."""
         options = self.options
-        words = [
-            "moequant",
-            "validate",
-            str(self.file),
-            "--library",
-            str(self.library),
-            "--threads",
-            str(options.threads),
-            "--memory",
-            f"{options.memory / 2**30:g}",
-        ]
+        words = ["moequant", "validate", str(self.file), "--library", str(self.library),
+                 "--threads", str(options.threads),
+                 "--memory", f"{options.memory / 2**30:g}"]  # fmt: skip
         words += [] if options.rows is None else ["--rows", str(options.rows)]
         return shlex.join([*words, "--case", result.case.name])
 
@@ -164,8 +153,8 @@ def validate(
     memory: float = MEMORY,
     threads: int | None = None,
     timeout: float = 60.0,
-    progress: Progress = lambda *_: None,
-    report: Report = lambda _: None,
+    progress: Progress = silent,
+    report: Report = silent,
 ) -> Validation:
     """Runs all cases of the file's expert tensors, or only `case`, on the library's backends.
 

@@ -17,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from moequant.errors import GGUFError, listing
-from moequant.expert_banks import ExpertBanks, read_banks
+from moequant.expert_banks import KINDS, ExpertBanks, can_have_banks, read_banks
 from moequant.gguf_file import GGUFFile, GGUFTensor
 
 KNOWN_VALUES = 1 << 26  # decoded at once for a branch's reference
 STEP = 32  # of a cut width, besides whole blocks
-EXPERTS = re.compile(r"blk\.(\d+)\.(ffn_(gate_up|gate|up|down)_exps)(?:\.bank\d+)?\.weight")
-BIASES = re.compile(r"blk\.\d+\.ffn_(?:gate_up|gate|up|down)_exps\.bias")
-KINDS = ("gate_up", "gate", "up", "down")
+_STACK = rf"blk\.(\d+)\.ffn_(?:{'|'.join(KINDS)})_exps"
+EXPERTS = re.compile(rf"{_STACK}(?:\.bank\d+)?\.weight")
+BIASES = re.compile(rf"{_STACK}\.bias")
 DENSE = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
 ROUTER = "ffn_gate_inp.weight"
 SCALE = "ffn_down_exps.scale"  # of each expert; optional
@@ -276,7 +276,7 @@ def _faults_of_keys(file: GGUFFile) -> Iterator[str]:
 
 def _faults_of_stacks(file: GGUFFile, banks: Mapping[str, ExpertBanks]) -> Iterator[str]:
     stacks: dict[str, ExpertBanks | GGUFTensor] = {**banks}
-    stacks |= {n: t for n, t in expert_tensors(file).items() if ".bank" not in n}
+    stacks |= {n: t for n, t in expert_tensors(file).items() if can_have_banks(n)}
     try:
         k = experts_used(file)
     except (KeyError, TypeError, ValueError):

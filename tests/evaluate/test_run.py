@@ -15,6 +15,7 @@ from moequant.checkpoint import open_checkpoint
 from moequant.cli import main
 from moequant.pipeline import ExportOptions, export
 from moequant.runtime.llama_cpp import LlamaCpp
+from tests.banked_files import Q8_0, bank_tensors
 from tests.checkpoints import make_checkpoint
 from tests.gguf_files import rewrite, split
 
@@ -166,22 +167,8 @@ def banked(source: Path, target: Path) -> None:
     """`source` with the down projections of layer 1 in two banks: even experts, and odd as Q8_0."""
     name = "blk.1.ffn_down_exps"
     tensor = next(t for t in gguf.GGUFReader(source).tensors if t.name == f"{name}.weight")
-    experts = np.arange(tensor.data.shape[0])
-    values = gguf.dequantize(tensor.data, tensor.tensor_type)
-    odd = gguf.quantize(values[1::2], GGMLQuantizationType.Q8_0)
-    table = np.stack([np.where(experts % 2 == bank, experts // 2, -1) for bank in (0, 1)])
-    architecture = "gemma4"
-    rewrite(
-        source,
-        target,
-        tensors={
-            f"{name}.weight": None,
-            f"{name}.bank0.weight": (tensor.data[::2].copy(), tensor.tensor_type),
-            f"{name}.bank1.weight": (odd, GGMLQuantizationType.Q8_0),
-            f"{name}.bank_map": (table.astype(np.int32), GGMLQuantizationType.I32),
-        },
-        keys={f"{architecture}.expert_bank_version": 1, f"{architecture}.expert_bank_count": 2},
-    )
+    keys = {"gemma4.expert_bank_version": 1, "gemma4.expert_bank_count": 2}
+    rewrite(source, target, tensors=bank_tensors(tensor, (None, Q8_0)), keys=keys)
 
 
 def test_a_banked_file(
